@@ -1,0 +1,352 @@
+"""
+How good is a tokenizer? Every number with its protocol.
+
+    python eval.py                                     out/tiny/tokenizer on drawn shapes -> out/tiny/eval.json
+    python eval.py A B ... --data FOLDER               several side by side, as a Markdown table
+
+    reconstruction   psnr, ssim (two conventions), lpips, rfid, fd_vfm          -> `reconstruction`, `ssim`, `Frechet`
+    codebook         usage, perplexity, entropy                                 -> `codebook`
+    semantics        kNN and linear probe of teacher, Z_I and Z_q               -> `semantics`, `knn`, `probe`
+    shapes           are the objects still there?                               -> `find_objects`, `objects_right`
+
+In reading order: metrics, one function each; the checker of the shapes world; the command line.
+"""
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from train_tokenizer import (ATLAS, EXTENT, HELD_OUT, PALETTE, SHAPES, SIDE, VALIDATION, WINDOW, Images, batches, masks, plan, render, resize)
+from vqrae import (Ranks, UserError, build_lpips, command_line, load_teacher, load_tokenizer, parse_config, print_config, psnr)
+
+
+@dataclass
+class EvalConfig:
+    tokenizers: tuple = ()                # tokenizer folders; none: out_dir/tokenizer
+    data: str = "shapes"                  # shapes, a folder of images, or 'shards-{000..127}.tar'
+    num_images: int = 2048                # as many of them, or all if there are fewer
+    size: int = 0                         # score at this many pixels a side (the paper: 256); 0: the tokenizer's own
+    out_dir: str = "out/tiny"             # eval.json goes here
+    batch_size: int = 64                  # images at a time on each rank
+    num_workers: int = 0                  # decoding processes a rank
+    device: str = ""                      # cuda, mps or cpu; "": the first of them that is there
+    lpips_weights: str = ""               # a file of torchvision's vgg16; "": download
+    inception_weights: str = ""           # a file of pytorch-fid's Inception; "": torch-fidelity downloads it
+
+    def __post_init__(self):
+        for name in ("num_images", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} is at least 1, not {getattr(self, name)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reconstruction
+
+def ssim(x, y, data_range=1.0):
+    """Structural similarity, scikit-image's defaults: 7 x 7 uniform window, sample covariance, mean over pixels and channels.
+    (B, 3, H, W) in [0, 1] -> (B,). data_range 1 is right for [0, 1]; 2 is what LlamaGen's and UniLIP's tables use."""
+    x, y = ((i.double().clamp(0, 1) * 255).round() / 255 for i in (x, y))
+    c1, c2, n = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2, 49
+    mean = lambda z: F.avg_pool2d(z, 7, stride=1)
+    mx, my = mean(x), mean(y)
+    var = lambda a, b, ma, mb: (mean(a * b) - ma * mb) * n / (n - 1)
+    vx, vy, cov = var(x, x, mx, mx), var(y, y, my, my), var(x, y, mx, my)
+    score = (2 * mx * my + c1) * (2 * cov + c2) / ((mx ** 2 + my ** 2 + c1) * (vx + vy + c2))
+    return score.mean((1, 2, 3))
+
+
+class Frechet:
+    """Streaming Frechet distance between two sets of features: sums of outer products, however many images."""
+
+    def __init__(self, ranks):
+        self.ranks, self.sums = ranks, [None, None]
+
+    def add(self, side, features):                                            # side 0 or 1, (B, f)
+        f = features.double().cpu()
+        new = torch.cat([f.T @ f, f.sum(0)[None], torch.full((1, f.shape[1]), float(len(f)), dtype=torch.float64)])
+        self.sums[side] = new if self.sums[side] is None else self.sums[side] + new
+
+    def distance(self):
+        """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), with the sample covariances."""
+        (m1, c1), (m2, c2) = (self.moments(s) for s in self.sums)
+        values, vectors = torch.linalg.eigh(c1)
+        root = vectors * values.clamp(min=0).sqrt() @ vectors.T               # C1^(1/2)
+        cross = torch.linalg.eigvalsh(root @ c2 @ root).clamp(min=0).sqrt().sum()
+        return ((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * cross).item()
+
+    def moments(self, sums):
+        sums = self.ranks.sum(sums)
+        n, mean = sums[-1, 0], sums[-2] / sums[-1, 0]
+        return mean, (sums[:-2] - n * mean[:, None] * mean) / (n - 1)
+
+
+def inception(weights):
+    """images (B, 3, H, W) in [0, 1] -> (B, 2048): pytorch-fid's Inception, through torch-fidelity. Never another network."""
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError:
+        raise UserError("torch-fidelity is not installed: pip install torch-fidelity") from None
+    try:
+        net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights or None)
+    except Exception as error:
+        raise UserError(f"Inception weights cannot be had ({error}): pass --inception_weights FILE") from error
+    return net.eval()
+
+
+@torch.no_grad()
+def reconstruction(model, teacher, dataset, positions, config, ranks):
+    """One pass over the images -> the metrics, and the codes' counts (k,). `positions`: this rank's share."""
+    device, native = ranks.device, model.config.image_size
+    out, reasons, nets = {}, {}, {}
+    for name, build in (("lpips", lambda: build_lpips(config.lpips_weights)), ("rfid", lambda: inception(config.inception_weights))):
+        try:
+            nets[name] = build().requires_grad_(False).to(device)
+        except UserError as error:                                            # the other metrics still come out
+            out[name], reasons[name] = None, str(error)
+    frechet = {name: Frechet(ranks) for name in ("fd_vfm", "rfid") if name in nets or (name == "fd_vfm" and teacher)}
+    sums, counts = torch.zeros(6, dtype=torch.float64), torch.zeros(model.config.codebook_size, dtype=torch.float64)
+    size = config.size or model.config.output_size
+    for batch in tqdm(batches(dataset, max(size, native) if dataset else native, positions, config.batch_size, config.num_workers),
+                      total=math.ceil(len(positions) / config.batch_size), desc="reconstruct", disable=not ranks.first):
+        original = batch["image"].to(device)
+        result = model(resize(original, native))
+        x, y = resize(original, size), resize(result.reconstruction.clamp(0, 1), size)
+        x, y = ((i * 255).round() / 255 for i in (x, y))                      # what a picture file would hold
+        if "lpips" in nets:
+            sums[3] += nets["lpips"](x * 2 - 1, y * 2 - 1).sum().item()
+        sums += torch.tensor([psnr(x, y).sum(), ssim(x, y).sum(), ssim(x, y, 2.0).sum(), 0, len(x), 0])
+        if teacher:
+            T_X = teacher(resize(original, native))
+            sums[5] += F.cosine_similarity(result.Z_I, T_X, dim=-1).mean(1).sum().item()
+            frechet["fd_vfm"].add(0, T_X.mean(1))
+            frechet["fd_vfm"].add(1, teacher(resize(y, native)).mean(1))
+        if "rfid" in nets:
+            for side, images in enumerate((x, y)):
+                frechet["rfid"].add(side, nets["rfid"]((images * 255).round().to(torch.uint8))[0])
+        if result.indices is not None:
+            counts += torch.bincount(result.indices.flatten().cpu(), minlength=len(counts))
+    sums, counts = ranks.sum(sums), ranks.sum(counts)
+    n = int(sums[4])
+    out |= dict(zip(("psnr", "ssim", "ssim_dr2"), (sums[:3] / n).tolist()), num_images=n)
+    if "lpips" in nets:
+        out["lpips"] = sums[3].item() / n
+    for name, f in frechet.items():
+        out[name] = f.distance()
+    if teacher:
+        out["cosine_to_teacher"] = sums[5].item() / n
+    small = [name for name in frechet if n < (2048 if name == "rfid" else 2 * model.config.dim)]
+    if small:
+        reasons["few_images"] = f"{n} images are too few for a steady {' and '.join(small)}"
+    out["reasons"] = reasons
+    out["protocol"] = (f"{config.data}: {n} images, shorter edge to {size} px (bicubic, antialiased), centre crop; reconstructed at {native} px, "
+                       f"scored at {size} px, clamped and rounded to 8 bits; PSNR per image, then mean; reference set: the same images")
+    return out, counts
+
+
+def codebook(counts):
+    """How often each code was used (k,) -> usage, dead codes, entropy in bits and its exponential, the perplexity."""
+    share = counts / counts.sum()
+    entropy = torch.special.entr(share).sum()
+    used = int((counts > 0).sum())
+    return dict(codebook_usage=used / len(counts), dead_codes=len(counts) - used, codebook_perplexity=entropy.exp().item(),
+                token_entropy_bits=entropy.item() / math.log(2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Semantics without a language model: classes from mean-pooled features
+
+def knn(train, train_labels, test, test_labels, k=20):
+    """Top-1 accuracy of a vote of the k nearest by cosine. (n, f), (n,), (m, f), (m,) -> float."""
+    similarity = F.normalize(test, dim=1) @ F.normalize(train, dim=1).T
+    weight, index = similarity.topk(min(k, len(train)), dim=1)
+    votes = torch.zeros(len(test), int(train_labels.max()) + 1).scatter_add(1, train_labels[index], (weight / 0.07).exp())
+    return (votes.argmax(1) == test_labels).float().mean().item()
+
+
+def probe(train, train_labels, test, test_labels, steps=100, decay=1e-3):
+    """Top-1 accuracy of a multinomial logistic regression on standardised features, L-BFGS."""
+    mean, std = train.mean(0), train.std(0) + 1e-6
+    train, test = ((x - mean) / std for x in (train, test))
+    weight = torch.zeros(train.shape[1] + 1, int(train_labels.max()) + 1, requires_grad=True)
+    score = lambda x: x @ weight[:-1] + weight[-1]
+    optimizer = torch.optim.LBFGS([weight], max_iter=steps, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(score(train), train_labels) + decay * weight[:-1].square().sum()
+        loss.backward()
+        return loss
+    optimizer.step(closure)
+    return (score(test).argmax(1) == test_labels).float().mean().item()
+
+
+@torch.no_grad()
+def semantics(model, teacher, dataset, config, ranks):
+    """kNN and probe accuracy of teacher, features Z_I and tokens Z_q. Even images to fit, odd ones to test. On shapes: one-object
+    pictures, their 48 shape-colour pairs as classes."""
+    device, rows, labels = ranks.device, {}, []
+    total = config.num_images if dataset is None else min(config.num_images, len(dataset))
+    for batch in single_objects(total) if dataset is None else batches(dataset, model.config.image_size, range(total), config.batch_size):
+        images = resize(batch["image"].to(device), model.config.image_size)
+        result = model(images)
+        found = dict(features=result.Z_I)
+        if teacher:
+            found["teacher"] = teacher(images)
+        if result.indices is not None:
+            found["tokens"] = model.quantizer.lookup(result.indices)
+        for name, z in found.items():
+            rows.setdefault(name, []).append(z.mean(1).float().cpu())         # (B, N, d) -> (B, d)
+        labels += batch["label"]
+    classes = {label: i for i, label in enumerate(sorted(set(labels)))}
+    if len(classes) < 2:
+        return dict(knn_top1=None, probe_top1=None), dict(semantics=f"{config.data} has no classes (folders, or label in metadata.jsonl)")
+    labels = torch.tensor([classes[label] for label in labels])
+    halves = {name: torch.cat(z) for name, z in rows.items()}
+    with torch.enable_grad():
+        return {key: {name: f(z[::2], labels[::2], z[1::2], labels[1::2]) for name, z in halves.items()}
+                for key, f in (("knn_top1", knn), ("probe_top1", probe))}, {}
+
+
+def single_objects(total, batch=64):
+    for at in range(0, total, batch):
+        scene = plan(torch.arange(at, min(at + batch, total)) + 2 * VALIDATION, task=0)
+        yield dict(image=render(scene), label=(scene.shape[:, 0] * 8 + scene.color[:, 0]).tolist())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The checker: what objects are in a picture of the shapes world? Analysis by synthesis: fit the background, cut out what
+# differs, and see which shape, drawn there in that size, comes nearest. No learned model.
+
+def find_objects(images, least_area=25):
+    """(B, 3, 64, 64) in [0, 1] -> for M found objects: picture, shape, color (M,) int64, x, y (M,) pixels."""
+    size = SIDE * SIDE
+    axis = (torch.arange(SIDE) + 0.5) / SIDE - 0.5
+    basis = torch.stack([torch.ones(size), axis.repeat(SIDE), axis.repeat_interleave(SIDE)], 1)            # (P, 3): a plane
+    pixels = images.flatten(2).transpose(1, 2)                                # (B, P, 3)
+    background = pixels.median(1, keepdim=True).values
+    for _ in range(6):                                                        # a plane through what looks like background
+        weight = torch.exp(-((pixels - background) / 0.1).square().sum(-1, keepdim=True))
+        gram = basis.T @ (weight * basis) + 1e-4 * torch.eye(3)
+        background = basis @ torch.linalg.solve(gram, basis.T @ (weight * pixels))
+    delta = (pixels - background).transpose(1, 2).unflatten(2, (SIDE, SIDE))  # (B, 3, H, W)
+    foreground = (delta.norm(dim=1, keepdim=True) > 0.14).float()
+    label, before = torch.arange(1, size + 1.0).view(1, 1, SIDE, SIDE) * foreground, None
+    while before is None or not torch.equal(label, before):                   # connected regions take their largest number
+        before, label = label, F.max_pool2d(label, 3, 1, 1) * foreground
+    number = label.flatten(1).long() + torch.arange(len(images))[:, None] * (size + 1)
+    number, area = number.unique(return_counts=True)
+    number = number[(number % (size + 1) > 0) & (area >= least_area)]         # (M,)
+    picture = number // (size + 1)
+    own = (label[picture] == (number % (size + 1)).view(-1, 1, 1, 1)).float()  # (M, 1, H, W)
+
+    strength = (delta[picture] * own).norm(dim=1, keepdim=True) ** 3          # its colour: where it is strongest
+    mean = lambda x: (x * strength).sum((2, 3)) / strength.sum((2, 3))        # (M, 3, H, W) -> (M, 3)
+    rgb, contrast = mean(images[picture]), mean(delta[picture])
+    gain = ((rgb[:, None] * PALETTE).sum(-1, keepdim=True) / PALETTE.square().sum(-1, keepdim=True)).clamp(0.9, 1.1)
+    color = (rgb[:, None] - PALETTE * gain).norm(dim=-1).argmin(1)            # (M,)
+
+    cover = (delta[picture] * contrast[:, :, None, None]).sum(1) / contrast.square().sum(1)[:, None, None]
+    cover = cover.clamp(0, 1) * F.max_pool2d(own, 3, 1, 1)[:, 0]              # (M, H, W) in [0, 1], its soft edge included
+    mass, at = cover.sum((1, 2)), torch.arange(SIDE) + 0.5
+    x, y = (cover.sum(1) @ at) / mass, (cover.sum(2) @ at) / mass
+    unit_area = (ATLAS > 0).float().mean((1, 2, 3)) * (2 * EXTENT) ** 2       # (6,) at radius 1
+    angles = torch.linspace(-0.15, 0.15, 3)
+    s, a = len(SHAPES), len(angles)
+    radius = (mass[:, None] / unit_area).sqrt().clamp(4, 17)                  # (M, 6): each shape in the size of that area
+    drawn, left, top = masks(torch.arange(s).repeat_interleave(a).repeat(len(x)), x.repeat_interleave(s * a), y.repeat_interleave(s * a),
+                             radius.repeat_interleave(a, 1).flatten(), angles.repeat(len(x) * s))
+    window, at = torch.arange(len(x))[:, None, None], torch.arange(WINDOW)
+    seen = cover[window, top[::s * a, None, None] + at[:, None], left[::s * a, None, None] + at]           # (M, W, W)
+    error = (drawn.view(-1, s, a, WINDOW ** 2) - seen.view(-1, 1, 1, WINDOW ** 2)).square().sum(-1)        # (M, 6, 5)
+    return picture, error.amin(2).argmin(1), color, x, y
+
+
+def objects_right(images, scene, near=6.0):
+    """Which of the scene's objects the checker finds in place, in shape and in colour: (B, 4) bool, within scene.present."""
+    right = torch.zeros_like(scene.present)
+    for b, shape, color, x, y in zip(*find_objects(images)):
+        distance = (scene.x[b] - x).hypot(scene.y[b] - y)
+        right[b] |= (distance < near) & (scene.shape[b] == shape) & (scene.color[b] == color)
+    return right & scene.present
+
+
+@torch.no_grad()
+def check_shapes(model, config, ranks):
+    """Share of objects right in the originals and in their reconstructions; in the latter also for HELD_OUT pairs alone."""
+    found = torch.zeros(4)
+    for batch in batches(None, SIDE, range(VALIDATION, VALIDATION + config.num_images), 64):
+        scene = batch["scene"]
+        rebuilt = model(resize(batch["image"], model.config.image_size).to(ranks.device)).reconstruction.clamp(0, 1)
+        held_out = scene.present & torch.tensor([[pair in HELD_OUT for pair in zip(*row)] for row in zip(scene.shape.tolist(), scene.color.tolist())])
+        before, after = objects_right(batch["image"], scene), objects_right(resize(rebuilt.cpu(), SIDE), scene)
+        found += torch.tensor([before.sum(), after.sum(), (after & held_out).sum(), scene.present.sum()])
+        found_held = found_held + held_out.sum() if "found_held" in locals() else held_out.sum()
+    return dict(objects_right=(found[1] / found[3]).item(), objects_right_originals=(found[0] / found[3]).item(),
+                objects_right_held_out=(found[2] / found_held).item())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def evaluate(folder, config, ranks):
+    """Everything about one tokenizer -> a dict with the fixed keys."""
+    model, start = load_tokenizer(folder, ranks.device), time.time()
+    reasons = {}
+    try:
+        teacher = load_teacher(folder, model.config).to(ranks.device)
+    except UserError as error:
+        teacher, reasons["teacher"] = None, str(error)
+    dataset = None if config.data == "shapes" else Images(config.data, max(config.size, model.config.image_size), train=False)
+    first = VALIDATION if dataset is None else 0
+    total = config.num_images if dataset is None else min(config.num_images, len(dataset))
+    result = dict(psnr=None, ssim=None, ssim_dr2=None, lpips=None, rfid=None, fd_vfm=None, codebook_usage=None, codebook_perplexity=None,
+                  token_entropy_bits=None, cosine_to_teacher=None)
+    metrics, counts = reconstruction(model, teacher, dataset, range(first + ranks.rank, first + total, ranks.size), config, ranks)
+    result |= metrics
+    if model.quantizer:
+        result |= codebook(counts)
+    if ranks.first:
+        accuracy, why = semantics(model, teacher, dataset, config, ranks)
+        result |= accuracy
+        if dataset is None:
+            result |= check_shapes(model, config, ranks)
+        result["reasons"] |= reasons | why
+    return result | dict(seconds=round(time.time() - start, 1))
+
+
+def table(results):
+    """{folder: metrics} -> a Markdown table, a column a tokenizer."""
+    rows = {}
+    for folder, result in results.items():
+        for key, value in result.items():
+            for part, number in (value if isinstance(value, dict) else {"": value}).items():
+                if isinstance(number, (int, float)) or number is None:
+                    rows.setdefault(f"{key} {part}".strip(), {})[folder] = "-" if number is None else f"{number:.4g}" if number < 100 else f"{number:.0f}"
+    lines = [["metric", *results], ["---"] * (len(results) + 1)] + [[key, *(row.get(f, "-") for f in results)] for key, row in rows.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main():
+    config, _, origin = parse_config(EvalConfig, {}, lambda _: [])
+    ranks = Ranks(config.device)
+    folders = config.tokenizers or (f"{config.out_dir}/tokenizer",)
+    results = {str(folder): evaluate(folder, config, ranks) for folder in folders}
+    if not ranks.first:
+        return
+    print(table(results))
+    for folder, result in results.items():
+        print(f"\n{folder}: {result['protocol']}")
+        for what, why in result["reasons"].items():
+            print(f"  {what}: {why}")
+    Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+    path = Path(config.out_dir) / "eval.json"
+    path.write_text(json.dumps(results if len(folders) > 1 else results[str(folders[0])], indent=1))
+    print(f"\nwrote {path}")
+
+
+if __name__ == "__main__":
+    command_line(main)

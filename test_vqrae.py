@@ -1,0 +1,781 @@
+"""
+pytest                      everything but the slow ones, some minutes on two cores
+pytest -m slow              the long ones
+
+First the invariants of the method, then the shapes world and the data, last the scripts run as a user runs them.
+"""
+import io
+import json
+import math
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import eval as evaluation
+import train_tokenizer as tt
+import vqrae
+from vqrae import MODELS, VQRAE, Decoder, Discriminator, Encoder, PerceptualLoss, SimVQ, UserError, VQRAEConfig
+
+HERE = Path(__file__).parent
+SMALL = replace(MODELS["tiny"], image_size=32, dim=32, encoder_kwargs=dict(depth=2, num_heads=2, class_token=False),
+                codebook_size=24, codebook_dim=40)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def small():
+    torch.manual_seed(0)
+    return VQRAE(SMALL).eval()
+
+
+def pictures(n=3, size=32):
+    return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The method
+
+@pytest.mark.parametrize("name, tokens, dim, size", [("tiny", 64, 128, 64), ("siglip2_base_256", 256, 768, 256), ("siglip2_256", 256, 1152, 256),
+                                                     ("siglip2_512", 1024, 1152, 512), ("internvit_448", 1024, 1024, 448)])
+def test_every_model_has_the_papers_shapes(name, tokens, dim, size):
+    with torch.device("meta"):                                                # shapes without memory
+        model, images = VQRAE(MODELS[name]), torch.rand(2, 3, size, size)
+        out = model(images)
+        assert out.Z_I.shape == (2, tokens, dim)
+        assert out.indices.shape == (2, tokens) and out.indices.dtype == torch.int64
+        assert out.reconstruction.shape == images.shape
+        assert out.vq_loss.shape == ()
+
+
+def test_q_sets_the_output_resolution():
+    with torch.device("meta"):                                                # grid 32 at 16 pixels a token
+        config = replace(MODELS["internvit_448"], q=16)
+        assert VQRAE(config)(torch.rand(1, 3, 448, 448)).reconstruction.shape == (1, 3, 512, 512)
+    assert config.output_size == 512
+
+
+def test_decoder_puts_each_token_at_its_place():
+    """With the transformer blocks away, a token must decide its own q x q pixels and no others."""
+    decoder = Decoder(replace(SMALL, encoder_kwargs=dict(depth=0, num_heads=2, class_token=False))).eval()
+    z = torch.randn(1, 16, 32)
+    other = z.clone()
+    other[:, 6] += torch.randn(32)                                            # row 1, column 2
+    changed = (decoder(z) != decoder(other)).any(1)[0]
+    assert changed[8:16, 16:24].all()
+    changed[8:16, 16:24] = False
+    assert not changed.any()
+
+
+def test_encoder_normalises_and_drops_the_class_token():
+    config = replace(SMALL, encoder_kwargs=dict(depth=2, num_heads=2, class_token=True))
+    encoder, images = Encoder(config).eval(), pictures()
+    mean, std = (torch.tensor(encoder.vit.pretrained_cfg[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
+    x = encoder.vit.patch_embed((images - mean) / std)
+    x = encoder.vit.blocks(encoder.vit.norm_pre(encoder.vit._pos_embed(x)))   # before any final norm: what an MLLM reads
+    torch.testing.assert_close(encoder(images), x[:, 1:])
+
+
+def reference_simvq(z, C, W, beta):
+    """Equation 1 and 3 as they stand: the whole codebook projected, all distances, autograd over everything."""
+    codes = C @ W.T
+    index = torch.cdist(z.flatten(0, 1).double(), codes.double()).argmin(1)
+    z_q = codes[index].view_as(z)
+    loss = ((z_q - z.detach()) ** 2).mean() + beta * ((z - z_q.detach()) ** 2).mean()
+    return z + (z_q - z).detach(), index.view(z.shape[:2]), loss
+
+
+@pytest.mark.parametrize("k", [7, 500])                                       # fewer codes than rows, and more: two paths
+def test_simvq_equals_the_formulas(k):
+    torch.manual_seed(k)
+    vq, weight = SimVQ(k, 20, beta=0.3), torch.randn(4, 9, 20)
+    z = torch.randn(4, 9, 20, requires_grad=True)
+    z2, W2 = z.detach().clone().requires_grad_(), vq.proj.weight.detach().clone().requires_grad_()
+    got, want = vq(z), reference_simvq(z2, vq.codebook, W2, 0.3)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b)
+    for (z_q, _, loss) in (got, want):
+        ((z_q * weight).sum() + loss).backward()
+    torch.testing.assert_close(z.grad, z2.grad)
+    torch.testing.assert_close(vq.proj.weight.grad, W2.grad)
+    assert not vq.codebook.requires_grad and "codebook" in vq.state_dict()
+
+
+def test_nearest_does_not_depend_on_the_slices():
+    z, codes = torch.randn(301, 16), torch.randn(50, 16)
+    whole = vqrae.nearest(z, codes)
+    assert torch.equal(whole, vqrae.nearest(z, codes, max_elements=350))
+    assert torch.equal(whole, torch.cdist(z.double(), codes.double()).argmin(1))
+
+
+def test_straight_through_passes_the_gradient_and_exact_values():
+    vq, z = SimVQ(30, 8), torch.randn(2, 5, 8, requires_grad=True)
+    z_q, indices, _ = vq(z)
+    torch.testing.assert_close(z_q, vq.lookup(indices), rtol=0, atol=1e-6)
+    g = torch.randn_like(z_q)
+    z_q.backward(g)
+    assert torch.equal(z.grad, g)
+
+
+def test_distances_stay_float32_under_autocast():
+    vq, z = SimVQ(4000, 64), torch.randn(1, 200, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        z_q, indices, _ = vq(z)
+    assert z_q.dtype == torch.float32 and torch.equal(indices, vq(z)[1])
+
+
+def test_codebook_starts_on_the_latents():
+    vq, z = SimVQ(16, 8), torch.randn(400, 8)
+    vq.init_codebook(z)
+    assert all((row == z).all(1).any() for row in vq.proj(vq.codebook))
+    assert len(vq(z[None])[1].unique()) == 16
+
+
+def test_tokens_round_trip(small, tmp_path):
+    images = pictures()
+    with torch.no_grad():
+        out = small(images)
+        indices = small.tokenize(images)
+        assert torch.equal(indices, out.indices) and torch.equal(small.encode(images), out.Z_I)
+        torch.testing.assert_close(small.detokenize(indices), out.reconstruction, rtol=0, atol=1e-5)
+        vqrae.save_tokenizer(small, tmp_path / "t")
+        again = vqrae.load_tokenizer(tmp_path / "t")
+        assert again.config == small.config and torch.equal(again.quantizer.codebook, small.quantizer.codebook)
+        torch.testing.assert_close(again(images).reconstruction, out.reconstruction, rtol=0, atol=0)
+
+
+def test_rae_baseline_differs_in_the_quantiser_alone(small):
+    rae = VQRAE(replace(SMALL, quantizer="none"))
+    missing = set(small.state_dict()) - set(rae.state_dict())
+    assert missing == {"quantizer.codebook", "quantizer.proj.weight"} and set(rae.state_dict()) < set(small.state_dict())
+    out = rae(pictures())
+    assert out.indices is None and out.vq_loss == 0
+    with pytest.raises(UserError, match="no tokens"):
+        rae.tokenize(pictures())
+
+
+def test_every_parameter_gets_a_gradient_and_a_frozen_encoder_none():
+    for frozen in (False, True):
+        model = VQRAE(SMALL)
+        model.encoder.requires_grad_(not frozen)
+        out = model(pictures())
+        (F.mse_loss(out.reconstruction, pictures()) + out.vq_loss).backward()
+        for name, p in model.named_parameters():
+            expected = not (frozen and name.startswith("encoder."))
+            assert (p.grad is not None and bool(p.grad.abs().sum() > 0)) == expected, f"gradient of {name}"
+
+
+def test_losses_equal_their_formulas():
+    real, fake = torch.randn(4, 1, 16, 16), torch.randn(4, 1, 16, 16)
+    want = 0.5 * (torch.clamp(1 - real, min=0).mean() + torch.clamp(1 + fake, min=0).mean())
+    torch.testing.assert_close(vqrae.hinge_d_loss(real, fake), want)
+    r, f, er, ef = torch.tensor([0.7, -0.2, 0.1, 0.3])
+    torch.testing.assert_close(vqrae.lecam(r, f, er, ef), max(r - ef, torch.tensor(0.0)) ** 2 + max(er - f, torch.tensor(0.0)) ** 2)
+    a, b = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    torch.testing.assert_close(vqrae.distill_loss(a.bfloat16(), b), ((a.bfloat16().float() - b) ** 2).mean())
+
+
+def test_discriminator_has_titoks_shape():
+    net = Discriminator(128)
+    assert [tuple(c.weight.shape) for c in net.convs] == [(128, 128, 3, 3), (256, 128, 3, 3), (512, 256, 3, 3)]
+    assert [n.num_groups for n in net.norms] == [32, 32, 32] and net.stem.weight.shape == (128, 3, 5, 5)
+    assert Discriminator(16)(pictures(2, 64)).shape == (2, 1, 16, 16)
+    assert net.blur.sum() == 1
+
+
+def test_perceptual_losses_are_frozen_and_fit_local_files(tmp_path):
+    from torchvision.models import convnext_small, vgg16
+    torch.save(vgg16().state_dict(), tmp_path / "vgg.pt")
+    torch.save(convnext_small().state_dict(), tmp_path / "convnext.pt")
+    loss = PerceptualLoss("lpips_convnext", str(tmp_path / "vgg.pt"), str(tmp_path / "convnext.pt")).train()
+    assert not any(p.requires_grad for p in loss.parameters()) and not any(m.training for m in loss.modules())
+    x, y = pictures(4, 64).split(2)
+    y = y.requires_grad_()
+    logits = [loss.convnext((F.interpolate(i, size=224, mode="bilinear", antialias=True) - loss.mean) / loss.std) for i in (x, y)]
+    want = loss.lpips(x, y, normalize=True).mean() + 0.1 * F.mse_loss(*logits)
+    torch.testing.assert_close(loss(x, y), want)
+    loss(x, y).backward()
+    assert y.grad.abs().sum() > 0 and loss(x, x) == 0
+    state = torch.load(tmp_path / "vgg.pt")
+    assert torch.equal(loss.lpips.net.slice5[-2].weight, state["features.28.weight"])     # not LPIPS's random start
+    with pytest.raises(UserError, match="--lpips_weights"):
+        PerceptualLoss("lpips", str(tmp_path / "convnext.pt"))
+
+
+def test_vfm_perceptual_loss(small):
+    loss, x, y = PerceptualLoss("vfm", vfm=small.encoder), pictures(2), pictures(4)[2:].requires_grad_()
+    assert loss(x, x) == 0 and loss(x, y) > 0
+    loss(x, y).backward()
+    assert y.grad.abs().sum() > 0
+
+
+def test_encoder_weights_in_transformers_format(tmp_path):
+    """Random small models in transformers' key names give the same features through ours."""
+    from safetensors.torch import save_file
+    from transformers import InternVLVisionConfig, InternVLVisionModel, SiglipVisionConfig, SiglipVisionModel
+    images = pictures()
+    siglip = SiglipVisionModel(SiglipVisionConfig(hidden_size=32, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, image_size=32,
+                                                  patch_size=8)).eval()
+    intern = InternVLVisionModel(InternVLVisionConfig(hidden_size=32, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+                                                      image_size=[32, 32], patch_size=[8, 8], attention_bias=True)).eval()
+    for p in intern.parameters():                                             # layer scale and class token start constant: no test of anything
+        torch.nn.init.normal_(p, std=0.2)
+    cases = [("vit_base_patch16_siglip_256.v2_webli", dict(depth=2, num_heads=2, mlp_ratio=3, act_layer="gelu_tanh"), siglip, 0.5, 0.5, 0),
+             ("vit_intern300m_patch14_448.ogvl_2pt5", dict(depth=2, num_heads=2), intern, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 1)]
+    for name, kwargs, model, mean, std, prefix in cases:
+        file = str(tmp_path / "weights.safetensors")
+        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, file)
+        encoder = Encoder(replace(SMALL, encoder=name, encoder_kwargs=kwargs)).eval()
+        vqrae.load_encoder_weights(encoder, file)
+        x = (images - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+        with torch.no_grad():
+            want = model(x, output_hidden_states=True).hidden_states[-1][:, prefix:]
+            torch.testing.assert_close(encoder(images), want, rtol=0, atol=1e-4)
+        save_file({f"vision_tower.{key}": value.contiguous() for key, value in model.state_dict().items()}, file)      # as an MLLM has it
+        vqrae.load_encoder_weights(encoder, file)
+        with torch.no_grad():
+            torch.testing.assert_close(encoder(images), want, rtol=0, atol=1e-4)
+
+
+def test_encoder_weights_must_fit(small, tmp_path):
+    state = dict(small.encoder.vit.state_dict())
+    torch.save(state, tmp_path / "timm.pt")
+    fresh = Encoder(SMALL)
+    vqrae.load_encoder_weights(fresh, str(tmp_path / "timm.pt"))
+    assert all(torch.equal(a, b) for a, b in zip(fresh.state_dict().values(), small.encoder.state_dict().values()))
+    state.pop("blocks.1.mlp.fc1.weight")
+    torch.save(state, tmp_path / "short.pt")
+    with pytest.raises(UserError, match="does not fit"):
+        vqrae.load_encoder_weights(fresh, str(tmp_path / "short.pt"))
+    with pytest.raises(UserError, match="no file"):
+        vqrae.load_encoder_weights(fresh, "nowhere.safetensors")
+
+
+def test_offline_answer_is_quick_and_names_the_file(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("no network")
+    monkeypatch.setattr(vqrae.urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(vqrae.torch.hub, "load_state_dict_from_url", refuse)
+    with torch.device("meta"):
+        encoder = Encoder(MODELS["siglip2_base_256"])
+    start = time.time()
+    with pytest.raises(UserError, match="timm/vit_base_patch16_siglip_256.v2_webli.*--encoder_weights FILE"):
+        vqrae.load_encoder_weights(encoder, "hub")
+    with pytest.raises(UserError, match="vgg16.*--lpips_weights FILE"):
+        PerceptualLoss("lpips")
+    assert time.time() - start < 10
+
+
+def test_a_malicious_checkpoint_executes_nothing(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/harm",)
+    torch.save(dict(model=Bomb()), tmp_path / "bad.pt")
+    with pytest.raises(UserError, match="not loaded"):
+        vqrae.load_checkpoint(tmp_path / "bad.pt")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_a_failed_write_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
+    path = tmp_path / "c.pt"
+    vqrae.save_checkpoint(path, dict(step=1))
+
+    def full_disk(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(vqrae.torch, "save", full_disk)
+    with pytest.raises(UserError, match="previous file is whole"):
+        vqrae.save_checkpoint(path, dict(step=2))
+    assert vqrae.load_checkpoint(path) == dict(step=1) and list(tmp_path.iterdir()) == [path]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+def resolved(*argv):
+    return vqrae.parse_config(tt.TrainConfig, tt.PRESETS, tt.preset_order, VQRAEConfig, MODELS, list(argv))
+
+
+@pytest.mark.parametrize("config, stage, want", [
+    ("siglip2_256", 1, dict(batch_size=1024, total_steps=100_000, lr=4e-4, end_lr=1e-4, encoder_lr=0, disc_start=-1, distill_weight=0)),
+    ("siglip2_256", 2, dict(batch_size=1024, total_steps=70_000, lr=1e-4, end_lr=1e-5, encoder_lr=1e-5, disc_start=50_000, distill_weight=1)),
+    ("siglip2_512", 1, dict(batch_size=1024, total_steps=100_000, image_size=512)),
+    ("siglip2_512", 2, dict(batch_size=1024, total_steps=70_000, disc_start=50_000)),
+    ("internvit_448", 1, dict(batch_size=768, total_steps=45_000, lr=4e-4, image_size=448, patch_size=14)),
+    ("internvit_448", 2, dict(batch_size=768, total_steps=60_000, disc_start=30_000, lr=1e-4, encoder_lr=1e-5))])
+def test_presets_are_table_7(config, stage, want):
+    train, model, _ = resolved("--config", config, "--stage", str(stage))
+    same = dict(warmup_steps=2000, beta1=0.9, beta2=0.999, weight_decay=1e-4, clip=1.0, precision="bf16", perceptual="lpips_convnext",
+                disc_weight=0.1, disc_lr=4e-5, random_crop=True, random_flip=True, codebook_size=16384, codebook_dim=1536, beta=0.25)
+    values = asdict(train) | asdict(model)
+    assert {key: values[key] for key in same | want} == same | want
+
+
+def test_flags_win_and_origins_are_told():
+    train, model, origin = resolved("--stage", "2", "--lr", "0.5", "--codebook_dim", "64", "--no-random_flip")
+    assert (train.lr, model.codebook_dim, train.random_flip) == (0.5, 64, False)
+    assert (origin["lr"], origin["encoder_lr"], origin["disc_start"], origin["codebook_dim"], origin["seed"]) == \
+        ("flag", ("tiny", 2), ("tiny", 2), "flag", "default")
+    assert origin["dim"] == "model" and origin["distill_weight"] == ("stage", 2)
+
+
+def test_every_field_is_read_somewhere():
+    source = "".join((HERE / name).read_text() for name in ("vqrae.py", "train_tokenizer.py", "eval.py"))
+    for cls in (tt.TrainConfig, VQRAEConfig, evaluation.EvalConfig):
+        for f in fields(cls):
+            assert re.search(rf"\bconfig\.{f.name}\b", source), f"nothing reads {cls.__name__}.{f.name}"
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--colour", "red"], "unrecognized arguments: --colour"), (["--stage", "7"], "invalid choice"), (["--lr", "fast"], "invalid float"),
+    (["--image_size", "60"], "--image_size 64"), (["--batch_size", "0"], "at least 1"), (["--encoder_kwargs", "{depth"], "encoder_kwargs"),
+    (["--resume", "--overwrite"], "choose one"), (["--quantizer", "fsq"], "simvq or none")])
+def test_bad_flags_get_one_line(argv, message):
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        resolved(*argv)
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The shapes world
+
+def test_a_picture_is_a_function_of_its_number():
+    numbers = torch.tensor([5, 123456789, tt.VALIDATION + 3])
+    together, alone = tt.plan(numbers), [tt.plan(n[None]) for n in numbers]
+    for i, scene in enumerate(alone):
+        assert all(torch.equal(a[i:i + 1], b) for a, b in zip(together, scene))
+        assert tt.captions(together)[i] == tt.captions(scene)[0]
+        torch.testing.assert_close(tt.render(together)[i:i + 1], tt.render(scene), rtol=0, atol=1e-6)
+    assert 0 <= tt.render(together).min() and tt.render(together).max() <= 1
+
+
+def test_held_out_pairs_appear_in_validation_only():
+    for first, expected in ((0, False), (tt.VALIDATION, True)):
+        scene = tt.plan(torch.arange(4000) + first)
+        pairs = set(zip(scene.shape[scene.present].tolist(), scene.color[scene.present].tolist()))
+        assert bool(pairs & set(tt.HELD_OUT)) == expected
+        assert len(pairs) == (48 if expected else 42)
+        assert set(scene.task.tolist()) == set(range(len(tt.TASKS)))
+
+
+def test_captions_say_what_is_drawn():
+    scene = tt.plan(torch.arange(500))
+    for i, text in enumerate(tt.captions(scene)):
+        n, shapes = int(scene.count[i]), [tt.SHAPES[s] for s in scene.shape[i]]
+        words = text.replace(",", "").replace("crosses", "cross").split()
+        if tt.TASKS[scene.task[i]] == "counting":
+            assert words == [tt.NUMBERS[n - 1], shapes[0] if shapes[0] == "cross" else shapes[0] + "s"]
+            continue
+        assert [w for w in words if w in tt.SHAPES] == shapes[:n]
+        if tt.TASKS[scene.task[i]] == "position":
+            dx, dy = (scene.x[i, 0] - scene.x[i, 1]).item(), (scene.y[i, 0] - scene.y[i, 1]).item()
+            truth = ("left of" if dx < 0 else "right of") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
+            assert truth in text
+
+
+def test_checker_reads_real_renders():
+    right = total = found = 0
+    for at in range(0, 512, 64):
+        scene = tt.plan(torch.arange(64) + tt.VALIDATION + at)
+        images = (tt.render(scene) * 255).round() / 255
+        right += int(evaluation.objects_right(images, scene).sum())
+        total += int(scene.count.sum())
+        found += len(evaluation.find_objects(images)[0])
+    assert right / total >= 0.995 and found == total
+
+
+def test_checker_can_fail():
+    scene = tt.plan(torch.arange(64) + tt.VALIDATION)
+    wrong = scene._replace(shape=(scene.shape + 1) % 6)
+    assert evaluation.objects_right(tt.render(scene), wrong).sum() == 0
+    assert evaluation.objects_right(tt.render(scene), scene._replace(color=(scene.color + 1) % 8)).sum() == 0
+    assert len(evaluation.find_objects(torch.full((2, 3, 64, 64), 0.5))[0]) == 0
+
+
+def test_segments_lie_under_the_objects():
+    scene = tt.plan(torch.arange(20))
+    shape, color = tt.segments(scene, 8)
+    assert shape.shape == (20, 64, 16) and torch.equal(shape > 0, color > 0)
+    for i in range(20):
+        cells = color[i].view(8, 8, 4, 4).transpose(1, 2).reshape(32, 32)     # one cell is two pixels
+        for k in range(int(scene.count[i])):
+            if tt.SHAPES[scene.shape[i, k]] != "ring":
+                assert cells[int(scene.y[i, k] / 2), int(scene.x[i, k] / 2)] == scene.color[i, k] + 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Image files
+
+def encoded(image, format="PNG", **kwargs):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **kwargs)
+    return buffer.getvalue()
+
+
+def test_every_kind_of_picture_decodes():
+    red = Image.new("RGB", (40, 30), (250, 10, 20))
+    near = lambda image, rgb: max(abs(a - b) for a, b in zip(image.getpixel((20, 15)), rgb)) <= 6
+    for data in (encoded(red), encoded(red, "JPEG"), encoded(red, "WEBP"), encoded(red.convert("P", palette=Image.Palette.ADAPTIVE)), encoded(red, "GIF"),
+                 encoded(red, "GIF", save_all=True, append_images=[Image.new("RGB", (40, 30), "blue")]), encoded(red.convert("CMYK"), "TIFF"),
+                 encoded(red, "BMP")):
+        image = tt.decode(data)
+        assert image.mode == "RGB" and near(image, (250, 10, 20))
+    assert near(tt.decode(encoded(Image.new("RGBA", (40, 30), (0, 0, 255, 0)))), (255, 255, 255))
+    assert near(tt.decode(encoded(Image.new("LA", (40, 30), (0, 0)))), (255, 255, 255))
+    assert near(tt.decode(encoded(Image.new("L", (40, 30), 77))), (77, 77, 77))
+    assert near(tt.decode(encoded(Image.new("I;16", (40, 30), 200 * 257))), (200, 200, 200))
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                          # stored on its side
+    assert tt.decode(encoded(red, "JPEG", exif=exif)).size == (30, 40)
+
+
+def png_header(width, height):
+    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", __import__("zlib").crc32(kind + body))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+def bad_files():
+    good = encoded(Image.new("RGB", (64, 64), "green"))
+    return dict(empty=b"", cut=good[:60], text=b"not an image", huge=png_header(60000, 60000))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "images"
+    for i in range(24):
+        (root / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (50 + i, 40), (10 * i, 100, 50)).save(root / "ab"[i % 2] / f"{i:02d}.png")
+    return root
+
+
+def test_unreadable_images_are_stepped_over(folder):
+    for name, data in bad_files().items():
+        (folder / "a" / f"{name}.png").write_bytes(data)
+        with pytest.raises(Exception):
+            tt.decode(data)
+    data = tt.Images(str(folder), 32)
+    items = [data[i] for i in range(len(data))]
+    assert len(items) == 28 and all(item["image"].shape == (3, 32, 32) for item in items)
+    assert {line.split(":")[0].rsplit("/")[-1] for item in items for line in item["skipped"]} == {f"{n}.png" for n in bad_files()}
+
+
+def test_no_readable_image_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        tt.Images(str(tmp_path / "none"), 32)
+    (tmp_path / "notes.md").write_text("hello")
+    with pytest.raises(UserError, match="no images in it"):
+        tt.Images(str(tmp_path), 32)
+    (tmp_path / "bad.png").write_bytes(b"")
+    with pytest.raises(UserError, match="no readable image"):
+        tt.Images(str(tmp_path), 32)[0]
+
+
+def test_captions_and_classes(folder):
+    (folder / "a" / "metadata.jsonl").write_text(json.dumps(dict(file_name="00.png", text="zero", label="cat")) + "\n")
+    (folder / "b" / "01.txt").write_text("one\n")
+    items = {item["name"][-6:-4]: item for item in map(tt.Images(str(folder), 32, train=False).__getitem__, range(24))}
+    assert (items["00"]["text"], items["00"]["label"]) == ("zero", "cat")
+    assert (items["01"]["text"], items["01"]["label"]) == ("one", "b")
+    assert (items["02"]["text"], items["02"]["label"]) == ("", "a")
+    (folder / "a" / "metadata.jsonl").write_text('{"file_name": "00.png"}\n{"file_na')
+    with pytest.raises(UserError, match="metadata.jsonl, line 2"):
+        tt.Images(str(folder), 32)
+
+
+def test_order_and_crops_depend_on_the_position_alone(folder):
+    make = lambda seed=0: tt.Images(str(folder), 32, seed, random_crop=True, random_flip=True)
+    first, second = make(), make()
+    epoch = [first[i]["name"] for i in range(24)]
+    assert sorted(epoch) == sorted(r["name"] for r in first.records) and epoch != [first[24 + i]["name"] for i in range(24)]
+    for position in (30, 3, 17):                                              # in any order
+        assert torch.equal(first[position]["image"], second[position]["image"])
+    two = [b["name"] for part in (range(0, 4), range(4, 8)) for b in tt.batches(make(), 32, part, 4, num_workers=0)]
+    assert sum(two, []) == epoch[:8]
+    workers = [b["image"] for b in tt.batches(make(), 32, range(8), 4, num_workers=2)]
+    assert torch.equal(torch.cat(workers), torch.stack([first[i]["image"] for i in range(8)]) / 255)
+    assert epoch != [make(1)[i]["name"] for i in range(24)]
+    held = [{r["name"] for r in tt.Images(str(folder), 32, part=p).records} for p in ("train", "val")]
+    assert not held[0] & held[1] and len(held[0] | held[1]) == 24
+
+
+def test_centre_crop():
+    image = torch.zeros(3, 20, 40, dtype=torch.uint8)
+    image[:, :, 10:30] = 255
+    assert (tt.crop(tt.TF.to_pil_image(image), 20) == 255).all()
+
+
+def test_tar_shards_hold_the_same_images(folder, tmp_path):
+    files = sorted(folder.rglob("*.png"))
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"s-{shard:02d}.tar", "w") as tar:
+            for i, path in list(enumerate(files))[shard::2]:
+                for name, data in ((f"{i:05d}.png", path.read_bytes()), (f"{i:05d}.txt", f"picture {i}".encode())):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    (tmp_path / "s-02.tar").write_bytes(b"damaged")
+    shards = tt.Images(str(tmp_path / "s-{00..02}.tar"), 32, train=False)
+    assert len(shards) == 24
+    for item in map(shards.__getitem__, range(24)):
+        i = int(item["name"].rsplit(":")[-1])
+        assert item["text"] == f"picture {i}" and torch.equal(item["image"], tt.crop(tt.decode(files[i].read_bytes()), 32))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+def test_psnr_and_ssim_equal_scikit_images():
+    """Values of scikit-image 0.26.0's peak_signal_noise_ratio and structural_similarity on these pictures."""
+    y, x = torch.meshgrid(torch.arange(48.0), torch.arange(64.0), indexing="ij")
+    a = torch.stack([torch.sin(x / 5 + c) * torch.cos(y / (7 - c)) for c in range(3)]) * 0.4 + 0.5
+    b = (a + 0.1 * torch.sin(x * y / 9)).clamp(0, 1)
+    a, b = ((i * 255).round() / 255 for i in (a[None], b[None]))
+    assert abs(vqrae.psnr(a, b).item() - 23.112960) < 1e-4
+    assert abs(evaluation.ssim(a, b).item() - 0.774688) < 1e-4
+    assert abs(evaluation.ssim(a, b, 2.0).item() - 0.801803) < 1e-4
+
+
+def test_frechet_distance_of_known_gaussians():
+    import numpy as np
+    from scipy.linalg import sqrtm
+    ranks = vqrae.Ranks("cpu")
+    x, y = torch.randn(5000, 6) @ torch.randn(6, 6), torch.randn(4000, 6) @ torch.randn(6, 6) + 1
+    frechet = evaluation.Frechet(ranks)
+    for side, data in enumerate((x, y)):
+        for part in data.split(777):
+            frechet.add(side, part)
+    m, c = zip(*((d.double().mean(0).numpy(), np.cov(d.double().numpy().T)) for d in (x, y)))
+    want = ((m[0] - m[1]) ** 2).sum() + np.trace(c[0] + c[1] - 2 * sqrtm(c[0] @ c[1]).real)
+    assert abs(frechet.distance() - want) < 1e-6 * want
+
+
+def test_codebook_statistics():
+    got = evaluation.codebook(torch.tensor([4.0, 4.0, 0, 0]))
+    assert got == dict(codebook_usage=0.5, dead_codes=2, codebook_perplexity=pytest.approx(2), token_entropy_bits=pytest.approx(1))
+
+
+def test_knn_and_probe_on_a_case_with_a_known_answer():
+    labels = torch.arange(200) // 2 % 4
+    x = F.one_hot(labels, 4) * 5 + torch.randn(200, 4) * 0.1
+    for metric in (evaluation.knn, evaluation.probe):
+        assert metric(x[::2], labels[::2], x[1::2], labels[1::2]) == 1.0
+        assert metric(x[::2], labels[::2], x[1::2], labels[1::2].roll(1)) < 0.1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The scripts as a user runs them
+
+WEE = ["--image_size", "32", "--dim", "32", "--encoder_kwargs", '{"depth": 2, "num_heads": 2, "class_token": false}', "--codebook_size", "24",
+       "--codebook_dim", "40", "--stage0_steps", "3", "--batch_size", "4", "--log_every", "1", "--eval_every", "3", "--save_every", "2",
+       "--val_images", "8", "--device", "cpu", "--total_steps", "6"]
+
+
+def run(*argv, ranks=0, fails=False, env=None, **kwargs):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else [sys.executable]
+    done = subprocess.run([*launch, *map(str, argv)], cwd=HERE, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1") | (env or {}), timeout=300, **kwargs)
+    assert (done.returncode != 0) == fails, done.stdout[-3000:] + done.stderr[-3000:]
+    if fails:
+        assert "Traceback" not in done.stderr or ranks, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def states_equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def losses(path):
+    return {row["step"]: row["loss"] for row in map(json.loads, path.read_text().splitlines()) if "loss" in row}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Stages 0, 1 and 2, a few steps each, with adversarial term from step 3 on."""
+    out = tmp_path_factory.mktemp("run")
+    said = [run("train_tokenizer.py", *WEE, "--out_dir", out), run("train_tokenizer.py", *WEE, "--out_dir", out, "--stage", 2, "--disc_start", 3)]
+    return out, said
+
+
+def test_both_stages_leave_what_they_promise(trained):
+    out, said = trained
+    for stage in (1, 2):
+        assert Image.open(out / f"recon_stage{stage}.png").size[0] > 8 * 32
+        rows = [json.loads(line) for line in (out / f"log_stage{stage}.jsonl").read_text().splitlines()]
+        assert {"step", "l2", "quant", "perceptual", "loss", "lr", "images_per_s", "codebook_usage", "perplexity"} <= rows[0].keys()
+        assert any("val_psnr" in row for row in rows)
+        assert (out / f"tokenizer-stage{stage}" / "teacher.safetensors").exists()
+    assert (out / "tokenizer").resolve() == out / "tokenizer-stage2"
+    assert "--stage 2 --out_dir" in said[0] and "python eval.py --out_dir" in said[1] and "validation PSNR" in said[0]
+    assert {"discriminator", "lecam", "adversarial"} <= json.loads((out / "log_stage2.jsonl").read_text().splitlines()[-2]).keys()
+
+
+def test_stage_1_freezes_the_encoder_bit_for_bit_and_stage_2_moves_everything(trained):
+    out, _ = trained
+    stage0, stage1, stage2 = (vqrae.load_checkpoint(out / f"stage{i}.pt") for i in range(3))
+    saved = vqrae.load_tokenizer(out / "tokenizer-stage1").state_dict()
+    for name, value in stage0["encoder"].items():
+        assert all(torch.equal(value, s[f"encoder.vit.{name}"]) for s in (stage1["model"], stage1["ema"], saved)), name
+    assert torch.equal(stage1["model"]["quantizer.codebook"], stage2["model"]["quantizer.codebook"])       # C never learns
+    for name, value in stage1["ema"].items():
+        if name != "quantizer.codebook":
+            assert not torch.equal(value, stage2["model"][name]), f"{name} did not move in stage 2"
+    teacher = vqrae.load_teacher(out / "tokenizer-stage2", vqrae.load_tokenizer(out / "tokenizer-stage2").config)
+    assert states_equal(teacher.vit.state_dict(), stage0["encoder"])                                       # T is the encoder as it was
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_killed_and_resumed_ends_bit_identical(trained, tmp_path, stage):
+    out, _ = trained
+    flags = ["train_tokenizer.py", *WEE, "--out_dir", "", "--init_from", out, "--stage", stage, "--total_steps", 40] + ["--disc_start", 3] * (stage == 2)
+    undisturbed, resumed = tmp_path / "a", tmp_path / "b"
+    at = flags.index("--out_dir") + 1
+    flags[at] = undisturbed
+    run(*flags)
+    flags[at] = resumed
+    process = subprocess.Popen([sys.executable, *map(str, flags)], cwd=HERE, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                               env=os.environ | dict(OMP_NUM_THREADS="1"))
+    while not (resumed / f"stage{stage}.pt").exists():
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    run(*flags, "--resume")
+    a, b = (vqrae.load_checkpoint(d / f"stage{stage}.pt") for d in (undisturbed, resumed))
+    assert states_equal(a["model"], b["model"]) and states_equal(a["ema"], b["ema"]) and torch.equal(a["lecam"], b["lecam"])
+    assert losses(undisturbed / f"log_stage{stage}.jsonl") == losses(resumed / f"log_stage{stage}.jsonl")
+
+
+def test_sigterm_saves_and_says_how_to_go_on(trained, tmp_path):
+    flags = ["train_tokenizer.py", *WEE, "--out_dir", tmp_path, "--init_from", trained[0], "--total_steps", 5000, "--save_every", 5000]
+    process = subprocess.Popen([sys.executable, *map(str, flags)], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                               env=os.environ | dict(OMP_NUM_THREADS="1"))
+    log = tmp_path / "log_stage1.jsonl"
+    while not (log.exists() and log.read_text().count("\n") > 3):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "Go on with: python train_tokenizer.py" in said and "--resume" in said
+    assert 3 <= vqrae.load_checkpoint(tmp_path / "stage1.pt")["step"] < 5000
+
+
+def test_two_ranks_equal_one(trained, tmp_path):
+    """A few float64 steps of stage 2, discriminator and LeCAM included; and again with gradient accumulation."""
+    states = []
+    for name, ranks, micro in (("one", 0, 0), ("two", 2, 0), ("accumulated", 2, 1)):
+        run("train_tokenizer.py", *WEE, "--out_dir", tmp_path / name, "--init_from", trained[0], "--stage", 2, "--disc_start", 1, "--total_steps", 4,
+            "--precision", "float64", "--micro_batch", micro, "--lecam_weight", 0.0 if name == "accumulated" else 0.1, ranks=ranks)
+        states.append(vqrae.load_checkpoint(tmp_path / name / "stage2.pt"))
+    for part in ("model", "ema", "discriminator"):
+        for name, value in states[0][part].items():
+            torch.testing.assert_close(value, states[1][part][name], rtol=1e-9, atol=1e-10, msg=f"{part} {name}")
+    for name, value in states[0]["model"].items():                            # LeCAM's means are a micro-batch's, so it was off there
+        torch.testing.assert_close(value, states[2]["model"][name], rtol=1e-3, atol=1e-5, msg=f"accumulated {name}")
+    torch.testing.assert_close(states[0]["lecam"], states[1]["lecam"])
+    logs = [json.loads((tmp_path / name / "log_stage2.jsonl").read_text().splitlines()[0]) for name in ("one", "two")]
+    assert logs[0]["codebook_usage"] == logs[1]["codebook_usage"]
+
+
+def test_two_ranks_from_nothing(tmp_path):
+    run("train_tokenizer.py", *WEE, "--out_dir", tmp_path, "--precision", "float64", ranks=2)
+    assert (tmp_path / "tokenizer-stage1" / "model.safetensors").exists()
+
+
+def test_folder_of_images_both_baselines(folder, tmp_path):
+    (folder / "a" / "bad.png").write_bytes(b"nothing")
+    said = run("train_tokenizer.py", *WEE, "--out_dir", tmp_path / "x", "--data", folder, "--num_workers", 2, "--quantizer", "none", "--total_steps", 12)
+    assert "skipped" in said and "bad.png" in said and "unreadable images" in said and "codebook use" not in said
+    run("train_tokenizer.py", *WEE, "--out_dir", tmp_path / "y", "--data", folder, "--init_from", "none", "--stage", 2, "--distill_weight", 0)
+    said = run("eval.py", tmp_path / "x/tokenizer", tmp_path / "y/tokenizer", "--data", folder, "--out_dir", tmp_path)
+    assert f"| metric | {tmp_path}/x/tokenizer | {tmp_path}/y/tokenizer |" in said
+    results = json.loads((tmp_path / "eval.json").read_text())
+    x, y = results[f"{tmp_path}/x/tokenizer"], results[f"{tmp_path}/y/tokenizer"]
+    assert x["codebook_usage"] is None and 0 < y["codebook_usage"] <= 1 and x["num_images"] == 25
+    assert set(y["knn_top1"]) == {"teacher", "features", "tokens"} and set(x["knn_top1"]) == {"teacher", "features"}
+
+
+def test_eval_writes_the_fixed_keys_and_two_ranks_agree(trained):
+    out, _ = trained
+    results = []
+    for ranks in (0, 2):
+        run("eval.py", "--out_dir", out, "--num_images", 70, ranks=ranks)
+        results.append(json.loads((out / "eval.json").read_text()))
+    one, two = results
+    assert {"psnr", "ssim", "ssim_dr2", "lpips", "rfid", "fd_vfm", "codebook_usage", "codebook_perplexity", "token_entropy_bits", "num_images", "protocol",
+            "cosine_to_teacher", "knn_top1", "probe_top1", "objects_right"} <= one.keys()
+    assert one["num_images"] == 70 and one["objects_right_originals"] > 0.99
+    assert all((one[name] is None) == (name in one["reasons"]) for name in ("lpips", "rfid"))
+    for key, value in one.items():
+        if isinstance(value, float) and key != "seconds":
+            assert two[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+
+
+def test_bad_input_gets_one_line_and_harms_nothing(trained, folder, tmp_path):
+    out, _ = trained
+    before = {path.name: path.read_bytes() for path in out.glob("*.pt")}
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "evil").mkdir()
+
+    class Bomb:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/harm",)
+    torch.save(Bomb(), tmp_path / "evil" / "stage1.pt")
+    stage2, new = ["--stage", "2"], ["--out_dir", str(tmp_path / "new")]
+    for flags, message in [
+            (new + stage2, "run `python train_tokenizer.py"), (new + ["--resume"], "nothing to resume"), (["--out_dir", str(out)], "--overwrite"),
+            (new + ["--init_from", str(out)] + stage2 + ["--codebook_size", "20"], "codebook_size is 24 there, 20 here"),
+            (new + ["--init_from", str(tmp_path / "evil")] + stage2, "not loaded"), (["--out_dir", str(tmp_path / "file" / "x")], "Not a directory"),
+            (new + ["--data", str(tmp_path / "none")], "no such folder"), (new + ["--data", str(tmp_path / "empty")], "no images in it"),
+            (new + ["--batch_size", "6", "--micro_batch", "4"], "multiple"), (new + ["--perceptual", "lpips", "--lpips_weights", "none.pt"], "no file none.pt"),
+            (new + ["--encoder", "no_such_vit"], "timm cannot build no_such_vit"), (new + ["--device", "cuda:9"], "--device cuda:9"),
+            (new + ["--encoder_weights", "none.pt"], "no file none.pt"), (new + ["--stage", "0", "--encoder_weights", "random"], "stage 0 is for")]:
+        said = run_inside("train_tokenizer.py", *WEE, *flags)
+        assert message in said and "\n" not in said, said
+    said = run("train_tokenizer.py", *WEE, *new, *stage2, fails=True)         # and once for real
+    assert said.strip().splitlines()[-1].startswith("error: stage 2 starts from") and "Traceback" not in said
+    for flags, message in [([str(tmp_path)], "is not a tokenizer folder"), (["--data", "nowhere", str(out / "tokenizer")], "no such folder")]:
+        assert message in run_inside("eval.py", *flags, "--out_dir", str(tmp_path))
+    assert before == {path.name: path.read_bytes() for path in out.glob("*.pt")} and not (tmp_path / "harm").exists()
+
+
+def run_inside(script, *argv):
+    """A script's main() in this process, for speed -> the one line it ends with."""
+    module = dict([("train_tokenizer.py", tt), ("eval.py", evaluation)])[script]
+    arguments, sys.argv = sys.argv, [script, *argv]
+    try:
+        module.main()
+    except (UserError, OSError) as error:
+        return str(error)
+    finally:
+        sys.argv = arguments
+    return "no error"
+
+
+def test_a_nan_stops_the_run_with_its_term_named(trained, tmp_path, monkeypatch):
+    for name, target in (("perceptual", (tt.PerceptualLoss, "forward", lambda *_: torch.tensor(math.nan, requires_grad=True))),
+                         ("distill", (tt, "distill_loss", lambda a, b: a.sum() * math.inf))):
+        with monkeypatch.context() as patch:
+            patch.setattr(*target)
+            said = run_inside("train_tokenizer.py", *WEE, "--out_dir", str(tmp_path / name), "--init_from", str(trained[0]), "--stage", "2")
+        assert f"the {name} loss is" in said and "step 0" in said
+        assert not (tmp_path / name / "stage2.pt").exists()
+
+
+def test_a_collapsed_codebook_is_called_out(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tt, "start_codebook", lambda model, *_: model.quantizer.codebook.mul_(0).add_(9).__setitem__(0, 0.0))
+    run_inside("train_tokenizer.py", *WEE, "--out_dir", str(tmp_path), "--init_from", str(trained[0]), "--warmup_steps", "2")
+    assert "of the codes are in use. Try a larger --codebook_dim" in capsys.readouterr().out

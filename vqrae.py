@@ -1,0 +1,715 @@
+"""
+VQRAE: one tokenizer, two outputs. (CVPR 2026, "Representation Quantization Autoencoders")
+
+                        images X (B, 3, h, w) in [0, 1]
+                                  |
+                       Encoder: a pretrained ViT (the VFM), patch p                     section 3.2
+                                  |
+                      Z_I (B, N, d)   N = (h/p)(w/p)  ---------------->  understanding: an MLLM reads Z_I as it is
+                                  |
+                     to_code: LayerNorm, Linear d -> e      e >= d
+                                  |
+                      Z_c (B, N, e)
+                                  |
+             SimVQ: nearest row of C W   C (k, e) frozen, W (e, e) learned             eq. 1, 3
+                                  |
+         indices (B, N) in [0, k)   Z_q (B, N, e)  ------------------->  generation: a language model writes indices
+                                  |
+                     from_code: Linear e -> d
+                                  |
+                    Z_bot (B, N, d)
+                                  |
+             Decoder: the same ViT at patch size 1, then Linear d -> 3 q q             q = p keeps the resolution
+                                  |
+                       X' (B, 3, hq/p, wq/p)
+
+paper             | here                                   paper              | here
+E, T              | Encoder; a frozen copy is the teacher  L_quant  (eq. 3)   | SimVQ.forward, third result
+Z_I               | VQRAE.encode(X)                        L_P      (eq. 2)   | PerceptualLoss
+C, W              | SimVQ.codebook, SimVQ.proj             L_G      (eq. 2)   | Discriminator, hinge_d_loss, lecam
+Z_q, Z_bot        | SimVQ.lookup, VQRAE.from_code          L_distill (eq. 5)  | distill_loss
+D, X'             | Decoder, VQRAE.detokenize              q                  | VQRAEConfig.q
+
+In reading order: configuration, encoder, quantiser, decoder, the whole, losses, files; and at the end what the
+scripts share and the method does not need: command line, processes, checkpoints.
+"""
+import argparse
+import contextlib
+import dataclasses
+import inspect
+import io
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import urllib.request
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, get_args
+
+import timm
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
+import torch.nn as nn
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin, constants, hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+from timm.layers import resample_abs_pos_embed
+from torchvision.models import ConvNeXt_Small_Weights, VGG16_Weights, convnext_small
+
+
+class UserError(ValueError):
+    """A mistake the user can mend. Its text says what is wrong, where, and what to do; the scripts print it as one line."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+@dataclass
+class VQRAEConfig:
+    encoder: str = "vit_so400m_patch16_siglip_256.v2_webli"  # any timm ViT; the decoder is the same architecture
+    encoder_weights: str = "hub"      # hub (timm's), stage0 (tiny's stand-in), random, or a file: timm's or transformers' keys
+    encoder_kwargs: dict = field(default_factory=dict)       # more of timm's arguments, say depth and num_heads
+    image_size: int = 256             # h = w, pixels in
+    patch_size: int = 16              # p, pixels a token in
+    dim: int = 1152                   # d, width of Z_I
+    q: int = 0                        # pixels a token out; 0: q = p, the output is as large as the input
+    quantizer: str = "simvq"          # simvq, or none: continuous latents, the RAE baseline
+    codebook_size: int = 16384        # k
+    codebook_dim: int = 1536          # e; the paper's finding: at least d
+    beta: float = 0.25                # weight of the commitment term in eq. 3
+
+    def __post_init__(self):
+        if self.image_size <= 0 or self.patch_size <= 0 or self.image_size % self.patch_size:
+            raise UserError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}: "
+                            f"try --image_size {max(1, round(self.image_size / max(1, self.patch_size))) * self.patch_size}")
+        if self.quantizer not in ("simvq", "none"):
+            raise UserError(f"quantizer is simvq or none, not {self.quantizer!r}")
+        if min(self.codebook_size, self.codebook_dim, self.dim) < 1 or self.q < 0:
+            raise UserError("codebook_size, codebook_dim and dim are at least 1, and q at least 0")
+
+    @property
+    def grid(self):                   # tokens a side; N = grid * grid
+        return self.image_size // self.patch_size
+
+    @property
+    def num_tokens(self):             # N
+        return self.grid ** 2
+
+    @property
+    def output_size(self):            # pixels a side of the reconstruction
+        return self.grid * (self.q or self.patch_size)
+
+
+MODELS = {
+    # A stand-in VFM that `train_tokenizer.py` pretrains itself, small enough for a laptop's CPU.
+    "tiny": VQRAEConfig(encoder="vit_tiny_patch16_224", encoder_weights="stage0", image_size=64, patch_size=8, dim=128,
+                        encoder_kwargs=dict(depth=3, num_heads=2, class_token=False),
+                        codebook_size=1024, codebook_dim=192),
+    # Ours, for one 24 GB GPU.
+    "siglip2_base_256": VQRAEConfig(encoder="vit_base_patch16_siglip_256.v2_webli", dim=768,
+                                    encoder_kwargs=dict(act_layer="gelu_tanh")),  # as it was trained; timm's default is the exact GELU
+    # The paper's three, Table 7.
+    "siglip2_256": VQRAEConfig(),
+    "siglip2_512": VQRAEConfig(encoder="vit_so400m_patch16_siglip_512.v2_webli", image_size=512),
+    "internvit_448": VQRAEConfig(encoder="vit_intern300m_patch14_448.ogvl_2pt5", image_size=448, patch_size=14, dim=1024),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoder
+
+def create_vit(config, **changes):
+    """The config's timm ViT without head or pooling, randomly initialised. A pooling head would hold weights that never
+    get a gradient, which DDP refuses."""
+    kwargs = dict(img_size=config.image_size, patch_size=config.patch_size, embed_dim=config.dim)
+    try:
+        return timm.create_model(config.encoder, num_classes=0, global_pool="", **{**kwargs, **config.encoder_kwargs, **changes})
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"timm cannot build {config.encoder} with {config.encoder_kwargs}, dim {config.dim}: {error}") from error
+
+
+class Encoder(nn.Module):
+    """The vision foundation model E (section 3.2): images (B, 3, h, w) in [0, 1] -> Z_I (B, N, d).
+
+    Z_I is what an MLLM reads: the last block's output *before* a final norm (transformers' hidden_states[-1], LLaVA's
+    layer -1; SigLIP has a norm after it, InternViT none). Weights start random; `load_encoder_weights` fills them.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.vit = create_vit(config)
+        self.vit.norm = nn.Identity()
+        for name in ("mean", "std"):                                          # the VFM's own normalisation
+            value = torch.tensor(self.vit.pretrained_cfg[name]).view(1, 3, 1, 1)
+            self.register_buffer(name, value, persistent=False)
+
+    def forward(self, images):                                                # (B, 3, h, w) in [0, 1]
+        x = self.vit.forward_features((images - self.mean) / self.std)        # (B, prefix + N, d)
+        return x[:, self.vit.num_prefix_tokens:]                              # (B, N, d), class token dropped
+
+
+def to_timm_keys(state):
+    """A ViT's state dict with timm's or transformers' key names (SiglipVisionModel, InternVLVisionModel, alone or as an
+    MLLM's vision_tower) -> timm's names. transformers keeps q, k and v apart; timm stacks them."""
+    for prefix in ("model.vision_tower.", "vision_tower.", "vision_model."):  # in this order: they nest
+        if any(key.startswith(prefix) for key in state):
+            state = {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)}
+    if "patch_embed.proj.weight" in state:
+        return state
+    renames = (("embeddings.patch_embeddings.projection", "patch_embed.proj"), ("embeddings.patch_embedding", "patch_embed.proj"),
+               ("embeddings.cls_token", "cls_token"), ("embeddings.position_embeddings", "pos_embed"),
+               ("embeddings.position_embedding.weight", "pos_embed"), ("encoder.layers.", "blocks."), ("encoder.layer.", "blocks."),
+               ("lambda_1", "ls1.gamma"), ("lambda_2", "ls2.gamma"), ("post_layernorm", "norm"), ("layernorm_before", "norm1"),
+               ("layernorm_after", "norm2"), ("layer_norm1", "norm1"), ("layer_norm2", "norm2"), ("self_attn.out_proj", "attn.proj"),
+               ("attention.projection_layer", "attn.proj"), ("self_attn.", "attn."), ("attention.", "attn."))
+    out = {}
+    for key, value in state.items():
+        for old, new in renames:
+            key = key.replace(old, new)
+        out[key] = value[None] if key == "pos_embed" and value.ndim == 2 else value
+    for key in [key for key in out if ".q_proj." in key]:
+        parts = [out.pop(key.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
+        out[key.replace("q_proj", "qkv")] = torch.cat(parts)
+    return out
+
+
+def hub_file(repo, name):
+    """A file of a hub repository: from the cache, else downloaded. Says within seconds when there is no network, where
+    the hub's own retries would take a minute."""
+    try:
+        return hf_hub_download(repo, name, local_files_only=True)
+    except LocalEntryNotFoundError:
+        pass
+    url = f"{constants.ENDPOINT}/{repo}/resolve/main/{name}"
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=3).close()
+    except OSError as error:
+        raise UserError(f"cannot reach {url} ({error}): fetch that file where there is a network, "
+                        f"then pass --encoder_weights FILE") from error
+    return hf_hub_download(repo, name)
+
+
+def load_encoder_weights(encoder, source):
+    """Fill `encoder` from `source`: "hub", "random" (left as it is), or a file. Every key must fit: a silent partial load
+    leaves a ViT that looks fine and is not. Only the pooling head and the norm past the tap are dropped."""
+    if source == "random":
+        return
+    path = source
+    if source == "hub":
+        path = hub_file(encoder.vit.pretrained_cfg["hf_hub_id"], "model.safetensors")
+    if not Path(path).is_file():
+        raise UserError(f"no file {path}: --encoder_weights takes hub, random, or a .safetensors or .pt file")
+    state = load_file(path) if str(path).endswith(".safetensors") else load_checkpoint(path)
+    state = {key: value for key, value in to_timm_keys(state.get("encoder", state)).items()
+             if not key.startswith(("attn_pool.", "head.", "norm.", "fc_norm."))}
+    vit = encoder.vit
+    if "pos_embed" in state and state["pos_embed"].shape != vit.pos_embed.shape:      # another image size
+        prefix = vit.num_prefix_tokens if state["pos_embed"].shape[1] != math.isqrt(state["pos_embed"].shape[1]) ** 2 else 0
+        state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], vit.patch_embed.grid_size, num_prefix_tokens=prefix)
+    try:
+        vit.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit the encoder {vit.pretrained_cfg['architecture']}: "
+                        + " ".join(str(error).split())[:300]) from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Quantiser
+
+def full(x):
+    """Out of autocast's bfloat16: float32, or float64 where everything is."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def no_autocast(x):
+    return contextlib.nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
+
+
+@torch.no_grad()
+def nearest(z, codes, max_elements=1 << 23):
+    """Index of the nearest row (l2) of codes (k, e) for each of z (M, e) -> (M,). |z - c|^2 = |z|^2 - 2 z.c + |c|^2, whose
+    first term the argmin does not see. In slices of rows, so that the M x k distances never exist at once."""
+    half = codes.square().sum(1) / 2                                          # (k,)
+    rows = z.split(max(1, max_elements // len(codes)))                        # at most 32 MB of float32 distances
+    return torch.cat([torch.addmm(half, row, codes.T, alpha=-1).argmin(1) for row in rows])
+
+
+class ChosenCodes(torch.autograd.Function):
+    """codes[indices] for codes = C W^T computed without autograd. W's gradient then needs the chosen rows of C alone: M e^2
+    multiplications, or k e^2 where that is less, instead of remembering and redoing the projection of the whole codebook."""
+
+    @staticmethod
+    def forward(ctx, W, C, codes, indices):
+        ctx.save_for_backward(C, indices)
+        return codes[indices]                                                 # (M, e)
+
+    @staticmethod
+    def backward(ctx, grad):                                                  # (M, e)
+        C, indices = ctx.saved_tensors
+        if len(indices) < len(C):
+            return grad.T @ C[indices], None, None, None                      # (e, e)
+        return torch.zeros_like(C).index_add_(0, indices, grad).T @ C, None, None, None
+
+
+class SimVQ(nn.Module):
+    """SimVQ (Zhu et al. 2024), eq. 1: the codes are C W with C frozen and only W learned, so that one used code moves all of
+    them and none is left behind to die.
+
+    forward(z (B, N, e)) -> z_q (B, N, e), indices (B, N) int64, loss (scalar, eq. 3). z_q has exactly the codes' values,
+    and hands its gradient straight to z.
+    """
+
+    def __init__(self, codebook_size, codebook_dim, beta=0.25):
+        super().__init__()
+        self.beta = beta
+        self.register_buffer("codebook", torch.randn(codebook_size, codebook_dim) / codebook_dim ** 0.5)   # C (k, e)
+        self.proj = nn.Linear(codebook_dim, codebook_dim, bias=False)         # W; a bias would repeat to_code's
+
+    def forward(self, z):                                                     # (B, N, e)
+        with no_autocast(z):                                                  # distances in float32, whatever the rest is in
+            z = full(z)
+            flat = z.flatten(0, 1)                                            # (M, e), M = B N
+            with torch.no_grad():
+                codes = self.proj(self.codebook)                              # (k, e)
+                indices = nearest(flat, codes)                                # (M,)
+            z_q = ChosenCodes.apply(self.proj.weight, self.codebook, codes, indices)                   # (M, e)
+            z_q, indices = z_q.view_as(z), indices.view(z.shape[:-1])
+            loss = F.mse_loss(z_q, z.detach()) + self.beta * F.mse_loss(z, z_q.detach())
+        return z_q.detach() + (z - z.detach()), indices, loss     # z + (z_q - z).detach() would round: 0.016 off in bf16
+
+    def lookup(self, indices):                                                # (...) int64 -> (..., e)
+        with no_autocast(indices):
+            return self.proj(self.codebook[indices])
+
+    @torch.no_grad()
+    def init_codebook(self, latents):
+        """Start the codes on the data: k different rows of latents Z_c (M, e), and W = I. See README, "Codebook start"."""
+        assert len(latents) >= len(self.codebook), "fewer latents than codes"
+        pick = torch.randperm(len(latents), device=latents.device)[:len(self.codebook)]
+        self.codebook.copy_(latents[pick])
+        nn.init.eye_(self.proj.weight)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoder
+
+class Decoder(nn.Module):
+    """The encoder's mirror D: Z_bot (B, N, d) -> X' (B, 3, grid q, grid q), about [0, 1], not clamped. The same timm
+    architecture created a second time with patch size 1 on a "picture" of d channels and one pixel a token."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.grid, self.q = config.grid, config.q or config.patch_size
+        self.vit = create_vit(config, img_size=config.grid, patch_size=1, in_chans=config.dim, final_norm=True)
+        self.to_pixels = nn.Linear(config.dim, 3 * self.q ** 2)
+        nn.init.constant_(self.to_pixels.bias, 0.5)                           # start at mid grey
+
+    def forward(self, z_bot):                                                 # (B, N, d)
+        x = z_bot.transpose(1, 2).unflatten(2, (self.grid, self.grid))        # (B, d, grid, grid)
+        x = self.vit.forward_features(x)[:, self.vit.num_prefix_tokens:]      # (B, N, d)
+        x = self.to_pixels(x).transpose(1, 2)                                 # (B, 3 q q, N)
+        return F.pixel_shuffle(x.unflatten(2, (self.grid, self.grid)), self.q)  # (B, 3, grid q, grid q)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole
+
+class Output(NamedTuple):
+    reconstruction: torch.Tensor        # X' (B, 3, H, W), not clamped
+    Z_I: torch.Tensor                   # (B, N, d)
+    indices: torch.Tensor | None        # (B, N) int64; None without a quantiser
+    vq_loss: torch.Tensor               # L_quant, scalar; 0 without a quantiser
+
+
+class VQRAE(nn.Module, PyTorchModelHubMixin):
+    """The tokenizer. Images are (B, 3, h, w) float in [0, 1], RGB, h = w = config.image_size; tokens (B, N) int64.
+    `VQRAE(config)` has random weights; `VQRAE.from_pretrained(folder, strict=True)` reads what a script here saved."""
+
+    def __init__(self, config: VQRAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        # Z_I comes from before the final norm and may have a few huge channels: normalised, it suits an l2 search.
+        self.to_code = nn.Sequential(nn.LayerNorm(config.dim, elementwise_affine=False), nn.Linear(config.dim, config.codebook_dim))
+        self.quantizer = SimVQ(config.codebook_size, config.codebook_dim, config.beta) if config.quantizer == "simvq" else None
+        self.from_code = nn.Linear(config.codebook_dim, config.dim)
+        self.decoder = Decoder(config)
+
+    def encode(self, images):                                                 # X (B, 3, h, w)
+        return self.encoder(images)                                           # Z_I (B, N, d)
+
+    def forward(self, images):                                                # X (B, 3, h, w)
+        Z_I = self.encode(images)                                             # (B, N, d)
+        z = self.to_code(Z_I)                                                 # Z_c (B, N, e)
+        indices, vq_loss = None, z.new_zeros(())
+        if self.quantizer is not None:
+            z, indices, vq_loss = self.quantizer(z)                           # Z_q (B, N, e)
+        return Output(self.decoder(self.from_code(z)), Z_I, indices, vq_loss)
+
+    @torch.no_grad()
+    def tokenize(self, images):                                               # X (B, 3, h, w)
+        if self.quantizer is None:
+            raise UserError("a tokenizer with quantizer none (RAE) has no tokens: train one with --quantizer simvq")
+        return self.quantizer(self.to_code(self.encode(images)))[1]           # (B, N)
+
+    @torch.no_grad()
+    def detokenize(self, indices):                                            # (B, N)
+        return self.decoder(self.from_code(self.quantizer.lookup(indices)))   # X' (B, 3, H, W)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses. All are means over elements, in float32.
+
+def distill_loss(Z_I, teacher_Z_I):
+    """Eq. 5: keeps the continuous features where an MLLM expects them. (B, N, d), (B, N, d) -> scalar."""
+    return F.mse_loss(full(Z_I), full(teacher_Z_I))
+
+
+def torchvision_weights(path, url, flag):
+    """A torchvision model's state dict: from the file `path`, else from the download's cache, else downloaded."""
+    if path:
+        return load_checkpoint(path)
+    try:
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False)
+    except OSError as error:                                                  # urllib's URLError is one
+        raise UserError(f"cannot download {url} ({error}): fetch it where there is a network and pass {flag} FILE, "
+                        f"or train with --perceptual vfm") from error
+
+
+def fill(module, state, flag, prefix=""):
+    """Load the part of `state` under `prefix`, every key of it."""
+    try:
+        module.load_state_dict({k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}, strict=True)
+    except (RuntimeError, AttributeError) as error:
+        raise UserError(f"not the weights that {flag} wants: " + " ".join(str(error).split())[:200]) from error
+
+
+def build_lpips(weights=""):
+    """LPIPS(VGG16). The lpips package carries its five linear layers; VGG16 is torchvision's, downloaded or a local file."""
+    state = torchvision_weights(weights, VGG16_Weights.IMAGENET1K_V1.url, "--lpips_weights")
+    import lpips                                                              # here, for it takes seconds
+    with warnings.catch_warnings(action="ignore"):                            # lpips calls torchvision the old way
+        net = lpips.LPIPS(net="vgg", verbose=False, pnet_rand=True)
+    for part in (net.net.slice1, net.net.slice2, net.net.slice3, net.net.slice4, net.net.slice5):
+        for index, layer in part.named_children():                            # they keep torchvision's numbers
+            fill(layer, state, "--lpips_weights", prefix=f"features.{index}.")
+    return net
+
+
+class PerceptualLoss(nn.Module):
+    """L_P of eq. 2. (x, y) images (B, 3, H, W) in [0, 1], the reconstruction not clamped -> scalar.
+
+    "lpips_convnext": LPIPS(VGG16) + 0.1 * MSE of ConvNeXt-Small's ImageNet logits at 224 px: what Table 7's "convnext-s,
+    1.1" means in TA-TiTok, whose code the paper adapts. "lpips": its first half. "vfm": MSE of the frozen VFM's own
+    features (needs no download; tiny's default). All networks are frozen and in eval mode.
+    """
+
+    def __init__(self, kind="lpips_convnext", lpips_weights="", convnext_weights="", vfm=None):
+        super().__init__()
+        self.kind, self.vfm = kind, vfm
+        if "lpips" in kind:
+            self.lpips = build_lpips(lpips_weights)
+        if kind == "lpips_convnext":
+            state = torchvision_weights(convnext_weights, ConvNeXt_Small_Weights.IMAGENET1K_V1.url, "--convnext_weights")
+            self.convnext = convnext_small()
+            fill(self.convnext, state, "--convnext_weights")
+            for name, value in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
+                self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1))
+        self.requires_grad_(False).eval()
+
+    def train(self, mode=True):
+        return super().train(False)                                           # always in eval mode
+
+    def logits(self, x):                                                      # (B, 3, H, W) -> (B, 1000)
+        x = F.interpolate(x, size=224, mode="bilinear", antialias=True, align_corners=False)
+        return self.convnext((x - self.mean) / self.std)
+
+    def features(self, x):                                                    # (B, 3, H, W) -> list of (B, N, d)
+        vit = self.vfm.vit
+        blocks = [0, len(vit.blocks) // 2]                                    # shallow layers know edges and colours
+        x = vit.forward_intermediates((x - self.vfm.mean) / self.vfm.std, indices=blocks, intermediates_only=True,
+                                      output_fmt="NLC", stop_early=True)
+        return [F.layer_norm(f, f.shape[-1:]) for f in x]
+
+    def forward(self, x, y):
+        if self.kind == "vfm":
+            with torch.no_grad():
+                target = self.features(x)
+            return sum(F.mse_loss(a, b) for a, b in zip(target, self.features(y))) / len(target)
+        loss = self.lpips(x * 2 - 1, y * 2 - 1).mean()                        # LPIPS wants [-1, 1]
+        if self.kind == "lpips_convnext":
+            loss = loss + 0.1 * F.mse_loss(self.logits(x), self.logits(y))
+        return loss
+
+
+class Discriminator(nn.Module):
+    """A patch discriminator in TiTok's shape: images (B, 3, H, W) in [0, 1] -> logits (B, 1, 16, 16). PyTorch's default
+    initialisation; `width` 128 is TiTok's, smaller for tiny."""
+
+    def __init__(self, width=128):
+        super().__init__()
+        widths = (width, width, 2 * width, 4 * width)
+        self.stem = nn.Conv2d(3, width, 5, padding="same")
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding="same") for a, b in zip(widths, widths[1:]))
+        self.norms = nn.ModuleList(nn.GroupNorm(min(32, b // 4), b) for b in widths[1:])
+        self.head = nn.Sequential(nn.Conv2d(widths[-1], widths[-1], 1), nn.LeakyReLU(0.1), nn.Conv2d(widths[-1], 1, 5, padding="same"))
+        kernel = torch.tensor([1., 3., 3., 1.]) / 8
+        self.register_buffer("blur", (kernel[:, None] * kernel).view(1, 1, 4, 4), persistent=False)
+
+    def forward(self, images):                                                # (B, 3, H, W)
+        x = F.leaky_relu(self.stem(images), 0.1)                              # (B, width, H, W)
+        for conv, norm in zip(self.convs, self.norms):
+            x = conv(x)
+            x = F.conv2d(x, self.blur.expand(x.shape[1], 1, 4, 4), stride=2, padding=1, groups=x.shape[1])   # half the size
+            x = F.leaky_relu(norm(x), 0.1)
+        return self.head(F.adaptive_max_pool2d(x, 16))                        # (B, 1, 16, 16)
+
+
+def hinge_d_loss(real_logits, fake_logits):
+    """The discriminator's loss: real above 1, fake below -1."""
+    return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
+
+
+def lecam(real_mean, fake_mean, ema_real, ema_fake):
+    """LeCAM (Tseng et al. 2021) as in TiTok: pull the mean logits of the whole (global) batch towards the running mean of
+    the other side, so that the discriminator does not run away. All scalars."""
+    return F.relu(real_mean - ema_fake).square() + F.relu(ema_real - fake_mean).square()
+
+
+def psnr(x, y):
+    """(B, 3, H, W) in [0, 1] -> (B,) dB, both clamped and rounded to 8 bits as a picture file would be."""
+    x, y = ((full(i).clamp(0, 1) * 255).round() / 255 for i in (x, y))
+    return -10 * (x - y).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+def save_tokenizer(model, folder, teacher=None):
+    """`folder`/config.json and model.safetensors, complete or not at all. `teacher`: a stage-0 encoder, which no hub has,
+    goes along as teacher.safetensors."""
+    folder = Path(folder)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    if teacher is not None:
+        save_file({key: value.contiguous() for key, value in teacher.vit.state_dict().items()}, partial / "teacher.safetensors")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def load_tokenizer(folder, device="cpu"):
+    """A saved tokenizer, in eval mode. Downloads nothing."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+        raise UserError(f"{folder} is not a tokenizer folder (config.json and model.safetensors): "
+                        f"python train_tokenizer.py makes out/tiny/tokenizer")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):                       # the mixin announces what it does
+            return VQRAE.from_pretrained(str(folder), strict=True).to(device).eval()
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder} cannot be read as a tokenizer: " + " ".join(str(error).split())[:300]) from error
+
+
+def load_teacher(folder, config):
+    """The frozen VFM that the tokenizer in `folder` began from, from the file beside it or the recorded source."""
+    teacher = Encoder(config)
+    beside = Path(folder) / "teacher.safetensors"
+    if config.encoder_weights in ("random", "stage0") and not beside.is_file():
+        raise UserError(f"{folder} does not carry its teacher, and encoder_weights {config.encoder_weights} cannot be fetched")
+    load_encoder_weights(teacher, str(beside) if beside.is_file() else config.encoder_weights)
+    return teacher.requires_grad_(False).eval()
+
+
+def save_checkpoint(path, state):
+    """Write to a temporary name, then rename: a full disk or a kill leaves the previous file whole."""
+    partial = Path(f"{path}.partial")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({error}): the previous file is whole; free some space, then --resume") from error
+
+
+def load_checkpoint(path):
+    """Tensors, numbers and dicts only: a pickle that would run code is refused, not run."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no file {path}") from None
+    except Exception as error:                                                # torch raises a different one for each kind of damage
+        raise UserError(f"{path} is not a readable checkpoint, or holds more than tensors and numbers: not loaded "
+                        f"({' '.join(str(error).split())[:120]})") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the scripts share: command line, processes, log
+
+def parse_config(cls, presets, order, model_class=None, models=None, argv=None):
+    """Dataclass fields -> command-line flags -> values, each with its origin.
+
+    cls: the script's dataclass; every field is a flag, its comment the flag's help, a Literal type its choices. presets:
+    {key: {field: value}}; order(values) names the keys that apply, the later one winning. model_class: a second dataclass
+    whose defaults come from models[config]. Precedence: defaults < presets < flags. Returns (config, model config or None,
+    {field: origin})."""
+    classes = [cls] + [model_class] * (model_class is not None)
+    fields = {f.name: f for c in classes for f in dataclasses.fields(c)}
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", "".join(inspect.getsource(c) for c in classes), re.M))
+    parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS, prog=Path(sys.argv[0]).name)
+
+    def refuse(message):
+        raise UserError(f"{message} (--help lists every flag)")
+    parser.error = refuse                                                     # one line instead of a page of usage
+    for f in fields.values():
+        how = dict(type=f.type)
+        if f.type is bool:
+            how = dict(action=argparse.BooleanOptionalAction)
+        elif f.type is dict:
+            how = dict(type=json.loads, metavar="JSON")
+        elif f.type is tuple:
+            parser.add_argument(f.name, nargs="*", help=comments[f.name])
+            continue
+        elif choices := get_args(f.type):
+            how = dict(type=type(choices[0]), choices=choices)
+        parser.add_argument(f"--{f.name}", help=comments[f.name].replace("%", "%%"), **how)
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value != []}
+
+    default = {f.name: f.default for f in dataclasses.fields(cls)}
+    values, origin = dict(default), dict.fromkeys(default, "default")
+    if models:
+        values |= dataclasses.asdict(models[given.get("config", default["config"])])
+        origin |= dict.fromkeys(values.keys() - default.keys(), "model")
+    for key in order(default | given):
+        values |= presets.get(key, {})
+        origin |= dict.fromkeys(presets.get(key, {}), key)
+    values |= given
+    origin |= dict.fromkeys(given, "flag")
+    made = [c(**{f.name: values[f.name] for f in dataclasses.fields(c)}) for c in classes]
+    return made[0], (made[1] if model_class else None), origin
+
+
+def print_config(origin, *configs):
+    for config in configs:
+        for f in dataclasses.fields(config):
+            print(f"  {f.name:18} {str(getattr(config, f.name)):44} {origin[f.name]}")
+
+
+class Ranks:
+    """This process among the others: one without torchrun, else as torchrun says (nccl on GPUs, gloo elsewhere)."""
+
+    def __init__(self, device=""):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+        if device == "cuda":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        try:
+            self.device = torch.device(device)
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if "RANK" in os.environ and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self.stop_asked = False
+
+    def catch_stop(self):
+        """From now on SIGTERM and Ctrl-C ask for a stop between two steps; a second one stops at once."""
+        def ask(number, _):
+            self.stop_asked = True
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, ask)
+        signal.signal(signal.SIGINT, ask)
+
+    @property
+    def first(self):
+        return self.rank == 0
+
+    def say(self, *text):
+        if self.first:
+            print(*text, flush=True)
+
+    def sum(self, tensor):
+        """Sum over ranks; no gradient."""
+        if self.size == 1:
+            return tensor
+        total = tensor.to(self.device, copy=True)                             # nccl knows no CPU tensors
+        dist.all_reduce(total)
+        return total.to(tensor.device)
+
+    def mean_with_grad(self, tensor):
+        """Mean over ranks that gradients pass through."""
+        return dist_nn.all_reduce(tensor) / self.size if self.size > 1 else tensor
+
+    def stopping(self):
+        """Was a SIGTERM seen by any rank? All of them agree, so that all save the same step."""
+        return bool(self.sum(torch.tensor(float(self.stop_asked), device=self.device)))
+
+    def wait(self):
+        if self.size > 1:
+            dist.barrier()
+
+    def run(self, network):
+        """`network` with its gradients averaged over the ranks."""
+        if self.size == 1:
+            return network
+        return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False,   # the codebook is large and never changes
+                                                   device_ids=[self.device] if self.device.type == "cuda" else None)
+
+
+class Log:
+    """log_*.jsonl: one object a line. A resumed run cuts what a killed one wrote past its last checkpoint."""
+
+    def __init__(self, path, step, enabled):
+        kept = []
+        if enabled and step and path.exists():
+            kept = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+        self.file = open(path, "w") if enabled else None
+        self.write_lines(kept)
+
+    def write_lines(self, lines):
+        if self.file:
+            self.file.writelines(line + "\n" for line in lines)
+            self.file.flush()
+
+    def __call__(self, **values):
+        self.write_lines([json.dumps(values)])
+
+
+def check_finite(losses, step):
+    """{name: value}: stop at the first loss that is NaN or infinite, by name."""
+    for name, value in losses.items():
+        if not math.isfinite(value):
+            raise UserError(f"the {name} loss is {value} at step {step}: stopped, the last checkpoint is whole. "
+                            f"Try a lower --lr, a longer --warmup_steps, or --precision float32, then --resume")
+
+
+def command_line(main):
+    """Run a script's main(). A user's mistake ends as one line and exit status 1, under torchrun as one line in all."""
+    try:
+        main()
+    except (UserError, OSError) as error:
+        text = f"error: {error}"
+    except KeyboardInterrupt:
+        text = "interrupted: the last checkpoint is whole; the same command with --resume goes on from it"
+    else:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return
+    if os.environ.get("RANK", "0") != "0":                # rank 0 most often has the same to say: let it, and be ended by torchrun
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
+    print(text, file=sys.stderr, flush=True)
+    os._exit(1)                                           # no waiting for ranks that will never answer
