@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from train_tokenizer import (ATLAS, EXTENT, HELD_OUT, PALETTE, SHAPES, SIDE, VALIDATION, WINDOW, Images, batches, masks, plan, render, resize)
-from vqrae import (Ranks, UserError, build_lpips, command_line, load_teacher, load_tokenizer, parse_config, print_config, psnr)
+from train_tokenizer import ATLAS, EXTENT, PALETTE, SHAPES, SIDE, VALIDATION, WINDOW, Images, batches, masks, plan, render, resize
+from vqrae import Ranks, UserError, build_lpips, command_line, load_teacher, load_tokenizer, parse_config, psnr
 
 
 @dataclass
@@ -255,7 +255,7 @@ def find_objects(images, least_area=25):
     mass, at = cover.sum((1, 2)), torch.arange(SIDE) + 0.5
     x, y = (cover.sum(1) @ at) / mass, (cover.sum(2) @ at) / mass
     unit_area = (ATLAS > 0).float().mean((1, 2, 3)) * (2 * EXTENT) ** 2       # (6,) at radius 1
-    angles = torch.linspace(-0.15, 0.15, 3)
+    angles = torch.linspace(-0.1, 0.1, 3)
     s, a = len(SHAPES), len(angles)
     radius = (mass[:, None] / unit_area).sqrt().clamp(4, 17)                  # (M, 6): each shape in the size of that area
     drawn, left, top = masks(torch.arange(s).repeat_interleave(a).repeat(len(x)), x.repeat_interleave(s * a), y.repeat_interleave(s * a),
@@ -277,17 +277,17 @@ def objects_right(images, scene, near=6.0):
 
 @torch.no_grad()
 def check_shapes(model, config, ranks):
-    """Share of objects right in the originals and in their reconstructions; in the latter also for HELD_OUT pairs alone."""
-    found = torch.zeros(4)
+    """Share of objects right in the originals and in their reconstructions, in the latter also of HELD_OUT pairs alone."""
+    originals, rebuilt, held_out = [], [], []
     for batch in batches(None, SIDE, range(VALIDATION, VALIDATION + config.num_images), 64):
-        scene = batch["scene"]
-        rebuilt = model(resize(batch["image"], model.config.image_size).to(ranks.device)).reconstruction.clamp(0, 1)
-        held_out = scene.present & torch.tensor([[pair in HELD_OUT for pair in zip(*row)] for row in zip(scene.shape.tolist(), scene.color.tolist())])
-        before, after = objects_right(batch["image"], scene), objects_right(resize(rebuilt.cpu(), SIDE), scene)
-        found += torch.tensor([before.sum(), after.sum(), (after & held_out).sum(), scene.present.sum()])
-        found_held = found_held + held_out.sum() if "found_held" in locals() else held_out.sum()
-    return dict(objects_right=(found[1] / found[3]).item(), objects_right_originals=(found[0] / found[3]).item(),
-                objects_right_held_out=(found[2] / found_held).item())
+        scene, there = batch["scene"], batch["scene"].present
+        images = model(resize(batch["image"], model.config.image_size).to(ranks.device)).reconstruction.clamp(0, 1)
+        originals.append(objects_right(batch["image"], scene)[there])
+        rebuilt.append(objects_right(resize(images.cpu(), SIDE), scene)[there])
+        held_out.append(((scene.shape + 3) % 8 == scene.color)[there])
+    originals, rebuilt, held_out = (torch.cat(x).float() for x in (originals, rebuilt, held_out))
+    return dict(objects_right=rebuilt.mean().item(), objects_right_originals=originals.mean().item(),
+                objects_right_held_out=((rebuilt * held_out).sum() / held_out.sum()).item())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """
 pytest                      everything but the slow ones, some minutes on two cores
-pytest -m slow              the long ones
+VQRAE_SLOW=1 pytest -s      the measurements too
 
 First the invariants of the method, then the shapes world and the data, last the scripts run as a user runs them.
 """
@@ -140,10 +140,12 @@ def test_distances_stay_float32_under_autocast():
 
 
 def test_codebook_starts_on_the_latents():
-    vq, z = SimVQ(16, 8), torch.randn(400, 8)
+    vq, z = SimVQ(16, 8), torch.randn(400, 8) * 3 + 5
+    error = lambda codes: torch.cdist(z, codes).square().amin(1).mean()
     vq.init_codebook(z)
-    assert all((row == z).all(1).any() for row in vq.proj(vq.codebook))
-    assert len(vq(z[None])[1].unique()) == 16
+    assert torch.equal(vq.proj(vq.codebook), vq.codebook)                     # W = I
+    assert len(vq(z[None])[1].unique()) == 16                                 # all used from the first step
+    assert error(vq.codebook) < min(error(z[torch.randperm(400)[:16]]) for _ in range(10))
 
 
 def test_tokens_round_trip(small, tmp_path):
@@ -567,6 +569,60 @@ def test_frechet_distance_of_known_gaussians():
 def test_codebook_statistics():
     got = evaluation.codebook(torch.tensor([4.0, 4.0, 0, 0]))
     assert got == dict(codebook_usage=0.5, dead_codes=2, codebook_perplexity=pytest.approx(2), token_entropy_bits=pytest.approx(1))
+
+
+slow = pytest.mark.skipif("VQRAE_SLOW" not in os.environ, reason="slow: VQRAE_SLOW=1 pytest -s -k ...")
+
+
+def straightforward_simvq(vq, z):
+    """The formula with autograd over everything and all N x k distances at once."""
+    codes, flat = vq.proj(vq.codebook), z.flatten(0, 1)
+    distance = flat.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * flat @ codes.T
+    indices = distance.argmin(1)
+    z_q = F.embedding(indices, codes).view_as(z)
+    return z + (z_q - z).detach(), indices, F.mse_loss(z_q, z.detach()) + vq.beta * F.mse_loss(z, z_q.detach())
+
+
+def simvq_cost(which, n):
+    """Seconds of the best of three forwards and backwards, MB of memory beyond what was there before, the matmul's GFLOP/s."""
+    import resource
+    vq, z = SimVQ(16384, 1536), torch.randn(1, n, 1536, requires_grad=True)
+    step = vq if which == "ours" else lambda z: straightforward_simvq(vq, z)
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    before, seconds, rates = peak(), [], []
+    for _ in range(3):
+        start = time.time()
+        z_q, _, loss = step(z)
+        (z_q.sum() + loss).backward()
+        seconds.append(time.time() - start)
+    memory, a = peak() - before, torch.randn(2048, 1536)
+    for _ in range(5):
+        start = time.time()
+        a @ vq.codebook.T
+        rates.append(2 * a.numel() * 16384 / (time.time() - start) / 1e9)
+    print(json.dumps([min(seconds), memory, max(rates)]))
+
+
+@slow
+@pytest.mark.parametrize("n, faster, memory", [(2048, 1.2, 0.6), (8192, 1.0, 0.3)])
+def test_simvq_is_fast_and_lean(n, faster, memory):
+    """VQRAE_SLOW=1 pytest -s -k fast_and_lean: the paper's codebook, float32, each in a process of its own."""
+    cost = {which: json.loads(subprocess.run([sys.executable, "-c", f"import test_vqrae as t; t.simvq_cost({which!r}, {n})"], cwd=HERE, text=True,
+                                             capture_output=True, check=True).stdout) for which in ("straightforward", "ours")}
+    work = (2 * n * 16384 * 1536 + 2 * 16384 * 1536 ** 2) / 1e9
+    (t0, m0, _), (t1, m1, rate) = cost["straightforward"], cost["ours"]
+    print(f"\nSimVQ, N {n}: {t0 / t1:.2f} times as fast, {m1 / m0:.2f} of the extra memory, {work / t1 / rate:.0%} of the matmul rate")
+    assert t0 / t1 >= faster and m1 / m0 <= memory
+
+
+@slow
+def test_shapes_are_drawn_fast():
+    """VQRAE_SLOW=1 pytest -s -k drawn_fast: pictures a second on one core."""
+    code = ("import time, torch, train_tokenizer as t; torch.set_num_threads(1); t.render(t.plan(torch.arange(64))); s = time.time();"
+            "[t.render(t.plan(torch.arange(64) + i)) for i in range(100)]; print(6400 / (time.time() - s))")
+    rate = float(subprocess.run([sys.executable, "-c", code], cwd=HERE, text=True, capture_output=True, check=True).stdout)
+    print(f"\n{rate:.0f} pictures a second on one core")
+    assert rate >= 5000
 
 
 def test_knn_and_probe_on_a_case_with_a_known_answer():

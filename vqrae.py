@@ -42,6 +42,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -181,7 +182,7 @@ def to_timm_keys(state):
     return out
 
 
-def hub_file(repo, name):
+def hub_file(repo, name, remedy="pass --encoder_weights FILE"):
     """A file of a hub repository: from the cache, else downloaded. Says within seconds when there is no network, where
     the hub's own retries would take a minute."""
     try:
@@ -192,8 +193,7 @@ def hub_file(repo, name):
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=3).close()
     except OSError as error:
-        raise UserError(f"cannot reach {url} ({error}): fetch that file where there is a network, "
-                        f"then pass --encoder_weights FILE") from error
+        raise UserError(f"cannot reach {url} ({error}): fetch it where there is a network, then {remedy}") from error
     return hf_hub_download(repo, name)
 
 
@@ -290,11 +290,17 @@ class SimVQ(nn.Module):
             return self.proj(self.codebook[indices])
 
     @torch.no_grad()
-    def init_codebook(self, latents):
-        """Start the codes on the data: k different rows of latents Z_c (M, e), and W = I. See README, "Codebook start"."""
-        assert len(latents) >= len(self.codebook), "fewer latents than codes"
-        pick = torch.randperm(len(latents), device=latents.device)[:len(self.codebook)]
-        self.codebook.copy_(latents[pick])
+    def init_codebook(self, latents, iterations=5):
+        """Start the codes on the data: C = k means of latents Z_c (M, e), M >= k, and W = I. See README, "Codebook start"."""
+        k = len(self.codebook)
+        assert len(latents) >= k, "fewer latents than codes"
+        spare = lambda: latents[torch.randperm(len(latents), device=latents.device)[:k]]
+        C = spare()
+        for _ in range(iterations):
+            indices = nearest(latents, C)
+            counts = torch.bincount(indices, minlength=k)[:, None]
+            C = torch.where(counts > 0, torch.zeros_like(C).index_add_(0, indices, latents) / counts, spare())   # an empty one moves
+        self.codebook.copy_(C)
         nn.init.eye_(self.proj.weight)
 
 
@@ -576,6 +582,8 @@ def parse_config(cls, presets, order, model_class=None, models=None, argv=None):
         how = dict(type=f.type)
         if f.type is bool:
             how = dict(action=argparse.BooleanOptionalAction)
+        elif f.type is list:
+            how = dict(action="append", metavar="TEXT")                       # a flag to repeat
         elif f.type is dict:
             how = dict(type=json.loads, metavar="JSON")
         elif f.type is tuple:
@@ -688,6 +696,30 @@ class Log:
         self.write_lines([json.dumps(values)])
 
 
+def open_run(path, config):
+    """The checkpoint to go on from, or None to start; refuses to start over a finished or unfinished run by accident."""
+    if config.resume:
+        if not path.exists():
+            raise UserError(f"nothing to resume: {path} is not there; leave --resume out to start")
+        return load_checkpoint(path)
+    if path.exists() and not config.overwrite:
+        raise UserError(f"{path} exists: --resume goes on from it, --overwrite starts over, --out_dir puts the new run elsewhere")
+
+
+def split_batch(config, ranks):
+    """The global batch as (images a rank a step, images a rank at a time, accumulation steps)."""
+    local = config.batch_size // ranks.size
+    micro = config.micro_batch or local
+    if config.batch_size % ranks.size or local == 0 or local % micro:
+        raise UserError(f"--batch_size {config.batch_size} must be a multiple of ranks ({ranks.size}) times --micro_batch ({micro})")
+    return local, micro, local // micro
+
+
+def resume_command():
+    """The command that goes on where this one stopped."""
+    return shlex.join(["python", *[word for word in sys.argv if word not in ("--overwrite", "--resume")], "--resume"])
+
+
 def check_finite(losses, step):
     """{name: value}: stop at the first loss that is NaN or infinite, by name."""
     for name, value in losses.items():
@@ -703,7 +735,7 @@ def command_line(main):
     except (UserError, OSError) as error:
         text = f"error: {error}"
     except KeyboardInterrupt:
-        text = "interrupted: the last checkpoint is whole; the same command with --resume goes on from it"
+        text = "interrupted: what was written before is whole"
     else:
         if dist.is_initialized():
             dist.destroy_process_group()
