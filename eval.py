@@ -24,7 +24,6 @@ from tqdm import tqdm
 from train_tokenizer import ATLAS, EXTENT, PALETTE, SHAPES, SIDE, VALIDATION, WINDOW, Images, batches, masks, plan, render, resize
 from vqrae import Ranks, UserError, build_lpips, command_line, load_teacher, load_tokenizer, parse_config, psnr
 
-
 @dataclass
 class EvalConfig:
     tokenizers: tuple = ()                # tokenizer folders; none: out_dir/tokenizer
@@ -43,9 +42,7 @@ class EvalConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is at least 1, not {getattr(self, name)}")
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reconstruction
+# ---- Reconstruction -------------------------------------------------------------------------------------------------
 
 def ssim(x, y, data_range=1.0):
     """Structural similarity, scikit-image's defaults: 7 x 7 uniform window, sample covariance, mean over pixels and channels.
@@ -58,7 +55,6 @@ def ssim(x, y, data_range=1.0):
     vx, vy, cov = var(x, x, mx, mx), var(y, y, my, my), var(x, y, mx, my)
     score = (2 * mx * my + c1) * (2 * cov + c2) / ((mx ** 2 + my ** 2 + c1) * (vx + vy + c2))
     return score.mean((1, 2, 3))
-
 
 class Frechet:
     """Streaming Frechet distance between two sets of features: sums of outer products, however many images."""
@@ -84,7 +80,6 @@ class Frechet:
         n, mean = sums[-1, 0], sums[-2] / sums[-1, 0]
         return mean, (sums[:-2] - n * mean[:, None] * mean) / (n - 1)
 
-
 def inception(weights):
     """images (B, 3, H, W) in [0, 1] -> (B, 2048): pytorch-fid's Inception, through torch-fidelity. Never another network."""
     try:
@@ -96,7 +91,6 @@ def inception(weights):
     except Exception as error:
         raise UserError(f"Inception weights cannot be had ({error}): pass --inception_weights FILE") from error
     return net.eval()
-
 
 @torch.no_grad()
 def reconstruction(model, teacher, dataset, positions, config, ranks):
@@ -147,7 +141,6 @@ def reconstruction(model, teacher, dataset, positions, config, ranks):
                        f"scored at {size} px, clamped and rounded to 8 bits; PSNR per image, then mean; reference set: the same images")
     return out, counts
 
-
 def codebook(counts):
     """How often each code was used (k,) -> usage, dead codes, entropy in bits and its exponential, the perplexity."""
     share = counts / counts.sum()
@@ -155,7 +148,6 @@ def codebook(counts):
     used = int((counts > 0).sum())
     return dict(codebook_usage=used / len(counts), dead_codes=len(counts) - used, codebook_perplexity=entropy.exp().item(),
                 token_entropy_bits=entropy.item() / math.log(2))
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Semantics without a language model: classes from mean-pooled features
@@ -166,7 +158,6 @@ def knn(train, train_labels, test, test_labels, k=20):
     weight, index = similarity.topk(min(k, len(train)), dim=1)
     votes = torch.zeros(len(test), int(train_labels.max()) + 1).scatter_add(1, train_labels[index], (weight / 0.07).exp())
     return (votes.argmax(1) == test_labels).float().mean().item()
-
 
 def probe(train, train_labels, test, test_labels, steps=100, decay=1e-3):
     """Top-1 accuracy of a multinomial logistic regression on standardised features, L-BFGS."""
@@ -183,7 +174,6 @@ def probe(train, train_labels, test, test_labels, steps=100, decay=1e-3):
         return loss
     optimizer.step(closure)
     return (score(test).argmax(1) == test_labels).float().mean().item()
-
 
 @torch.no_grad()
 def semantics(model, teacher, dataset, config, ranks):
@@ -211,12 +201,10 @@ def semantics(model, teacher, dataset, config, ranks):
         return {key: {name: f(z[::2], labels[::2], z[1::2], labels[1::2]) for name, z in halves.items()}
                 for key, f in (("knn_top1", knn), ("probe_top1", probe))}, {}
 
-
 def single_objects(total, batch=64):
     for at in range(0, total, batch):
         scene = plan(torch.arange(at, min(at + batch, total)) + 2 * VALIDATION, task=0)
         yield dict(image=render(scene), label=(scene.shape[:, 0] * 8 + scene.color[:, 0]).tolist())
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The checker: what objects are in a picture of the shapes world? Analysis by synthesis: fit the background, cut out what
@@ -265,7 +253,6 @@ def find_objects(images, least_area=25):
     error = (drawn.view(-1, s, a, WINDOW ** 2) - seen.view(-1, 1, 1, WINDOW ** 2)).square().sum(-1)        # (M, 6, 5)
     return picture, error.amin(2).argmin(1), color, x, y
 
-
 def objects_right(images, scene, near=6.0):
     """Which of the scene's objects the checker finds in place, in shape and in colour: (B, 4) bool, within scene.present."""
     right = torch.zeros_like(scene.present)
@@ -273,7 +260,6 @@ def objects_right(images, scene, near=6.0):
         distance = (scene.x[b] - x).hypot(scene.y[b] - y)
         right[b] |= (distance < near) & (scene.shape[b] == shape) & (scene.color[b] == color)
     return right & scene.present
-
 
 @torch.no_grad()
 def check_shapes(model, config, ranks):
@@ -289,7 +275,6 @@ def check_shapes(model, config, ranks):
     return dict(objects_right=rebuilt.mean().item(), objects_right_originals=originals.mean().item(),
                 objects_right_held_out=((rebuilt * held_out).sum() / held_out.sum()).item())
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 
 def evaluate(folder, config, ranks):
@@ -303,8 +288,8 @@ def evaluate(folder, config, ranks):
     dataset = None if config.data == "shapes" else Images(config.data, max(config.size, model.config.image_size), train=False)
     first = VALIDATION if dataset is None else 0
     total = config.num_images if dataset is None else min(config.num_images, len(dataset))
-    result = dict(psnr=None, ssim=None, ssim_dr2=None, lpips=None, rfid=None, fd_vfm=None, codebook_usage=None, codebook_perplexity=None,
-                  token_entropy_bits=None, cosine_to_teacher=None)
+    keys = "psnr ssim ssim_dr2 lpips rfid fd_vfm codebook_usage codebook_perplexity token_entropy_bits cosine_to_teacher"
+    result = dict.fromkeys(keys.split())
     metrics, counts = reconstruction(model, teacher, dataset, range(first + ranks.rank, first + total, ranks.size), config, ranks)
     result |= metrics
     if model.quantizer:
@@ -317,7 +302,6 @@ def evaluate(folder, config, ranks):
         result["reasons"] |= reasons | why
     return result | dict(seconds=round(time.time() - start, 1))
 
-
 def table(results):
     """{folder: metrics} -> a Markdown table, a column a tokenizer."""
     rows = {}
@@ -328,7 +312,6 @@ def table(results):
                     rows.setdefault(f"{key} {part}".strip(), {})[folder] = "-" if number is None else f"{number:.4g}" if number < 100 else f"{number:.0f}"
     lines = [["metric", *results], ["---"] * (len(results) + 1)] + [[key, *(row.get(f, "-") for f in results)] for key, row in rows.items()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
 
 def main():
     config, _, origin = parse_config(EvalConfig, {}, lambda _: [])
@@ -346,7 +329,6 @@ def main():
     path = Path(config.out_dir) / "eval.json"
     path.write_text(json.dumps(results if len(folders) > 1 else results[str(folders[0])], indent=1))
     print(f"\nwrote {path}")
-
 
 if __name__ == "__main__":
     command_line(main)

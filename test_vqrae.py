@@ -675,7 +675,7 @@ def test_both_stages_leave_what_they_promise(trained):
         assert any("val_psnr" in row for row in rows)
         assert (out / f"tokenizer-stage{stage}" / "teacher.safetensors").exists()
     assert (out / "tokenizer").resolve() == out / "tokenizer-stage2"
-    assert "--stage 2 --out_dir" in said[0] and "python eval.py --out_dir" in said[1] and "validation PSNR" in said[0]
+    assert "--stage 2 --out_dir" in said[0] and "python eval.py --data shapes --out_dir" in said[1] and "validation PSNR" in said[0]
     assert {"discriminator", "lecam", "adversarial"} <= json.loads((out / "log_stage2.jsonl").read_text().splitlines()[-2]).keys()
 
 

@@ -22,6 +22,7 @@ import json
 import math
 import os
 import re
+import shlex
 import tarfile
 import time
 import zlib
@@ -41,7 +42,6 @@ from tqdm import tqdm
 from vqrae import (MODELS, VQRAE, Discriminator, Encoder, Log, PerceptualLoss, Ranks, UserError, VQRAEConfig, check_finite, command_line,
                    distill_loss, full, hinge_d_loss, lecam, load_checkpoint, load_encoder_weights, open_run, parse_config,
                    print_config, psnr, resume_command, save_checkpoint, save_tokenizer, split_batch)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration. Defaults are stage 1 of SigLIP2-so400m 256. Sources: [T7] the paper's Table 7, [TiTok] inherited from the
@@ -106,7 +106,6 @@ class TrainConfig:
         if self.resume and self.overwrite:
             raise UserError("--resume goes on and --overwrite starts over: choose one")
 
-
 PRESETS = {
     # What stage 2 changes: the encoder moves, slowly and on a leash; a discriminator comes in near the end.
     ("stage", 2): dict(encoder_lr=1e-5, lr=1e-4, end_lr=1e-5, distill_weight=1.0, disc_start=50_000, total_steps=70_000),            # [T7]
@@ -116,13 +115,11 @@ PRESETS = {
     # A world of minutes, not days: everything shorter, rates higher, the losses the same but for the perceptual one.
     "tiny": dict(batch_size=16, total_steps=1100, lr=2e-3, end_lr=1e-4, warmup_steps=50, beta2=0.95, precision="float32",            # [ours]
                  num_workers=0, perceptual="vfm", perceptual_weight=0.005, disc_width=16, log_every=20, eval_every=300, save_every=300),
-    ("tiny", 2): dict(total_steps=760, lr=1e-3, end_lr=1e-4, encoder_lr=3e-4, distill_weight=0.03, disc_start=700, disc_weight=0.001),     # [ours]
+    ("tiny", 2): dict(total_steps=760, lr=1e-3, end_lr=1e-4, encoder_lr=1e-3, distill_weight=0.2, disc_start=700, disc_weight=0.001),     # [ours]
 }
-
 
 def preset_order(values):
     return [("stage", values["stage"]), values["config"], (values["config"], values["stage"])]
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data. Everything is a function of (seed, position): position 0, 1, 2, ... counts the images a run has seen, so that any
@@ -130,7 +127,6 @@ def preset_order(values):
 
 Image.MAX_IMAGE_PIXELS = 128 * 1024 * 1024        # more is refused as a decompression bomb
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-
 
 def decode(data):
     """Bytes of any image PIL reads -> upright RGB PIL image; transparency on white, the first frame of an animation."""
@@ -146,7 +142,6 @@ def decode(data):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
-
 def crop(image, size, generator=None, flip=False):
     """Shorter edge to `size` (bicubic, antialiased), then a crop -> (3, size, size) uint8. No generator: the centre."""
     scale = size / min(image.size)
@@ -156,7 +151,6 @@ def crop(image, size, generator=None, flip=False):
     left, top = (u[:2] * (room + 1)).long().minimum(room).tolist() if generator else (room // 2).tolist()
     image = TF.pil_to_tensor(image.crop((left, top, left + size, top + size)))
     return image.flip(-1) if flip and u[2] < 0.5 else image
-
 
 class Images(torch.utils.data.Dataset):
     """Images of a folder or of tar shards by position, with caption and class. Unreadable ones are stepped over."""
@@ -197,14 +191,12 @@ class Images(torch.utils.data.Dataset):
             return dict(image=image, text=text.strip(), label=record["label"], name=record["name"], skipped=skipped)
         raise UserError(f"no readable image in {self.source}: the first is {skipped[0]}")
 
-
 def read_bytes(place):
     """(file, offset, size) -> bytes; size -1: the whole file."""
     path, offset, size = place
     with open(path, "rb") as file:
         file.seek(offset)
         return file.read(size)
-
 
 def read_folder(folder):
     """Images below `folder`, sorted; caption and class from metadata.jsonl, else a .txt beside the image and the parent folder."""
@@ -232,7 +224,6 @@ def read_folder(folder):
         records.append(dict(name=str(path), image=(str(path), 0, -1), text=text, label=str(label)))
     return records
 
-
 def read_tars(pattern):
     """Members of webdataset shards (key.jpg, key.txt) by file, offset and size. A damaged tar is named and left out."""
     paths = [pattern]
@@ -257,14 +248,12 @@ def read_tars(pattern):
         raise UserError(f"--data {pattern}: no readable shard with images")
     return records
 
-
 def open_data(source, config, size, train):
     """The training or validation set that `config` asks for: None for shapes, which are drawn when they are needed."""
     if source == "shapes":
         return None
     part = None if config.val_data else "train" if train else "val"
     return Images(source, size, config.seed, train, config.random_crop and train, config.random_flip and train, part)
-
 
 def batches(dataset, size, positions, batch, num_workers=0):
     """Yield dict(image (batch, 3, size, size) float in [0, 1], text, label, name, skipped) for consecutive `positions`."""
@@ -283,10 +272,8 @@ def batches(dataset, size, positions, batch, num_workers=0):
     for item in loader:
         yield item | dict(image=item["image"].float() / 255)
 
-
 def resize(images, size):
     return images if images.shape[-1] == size else F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Stage 0 (ours; only where encoder_weights is "stage0"): a small ViT learns what SigLIP2 learns, in seconds. Captions by
@@ -324,7 +311,6 @@ class Pretrainer(nn.Module):
             losses[name] = F.cross_entropy(head(z).unflatten(-1, (16, -1)).flatten(0, 2), target.flatten().to(z.device))
         return losses
 
-
 def pretrain(config, model_config, ranks, path):
     """Stage 0 -> `path`. Always on shapes: see README, "Stage 0 on your own images"."""
     if ranks.first:
@@ -349,16 +335,13 @@ def pretrain(config, model_config, ranks, path):
         save_checkpoint(path, dict(encoder=encoder.vit.state_dict(), config=asdict(model_config)))
     ranks.wait()
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Stages 1 and 2
+# ---- Stages 1 and 2 -------------------------------------------------------------------------------------------------
 
 def lr_factor(step, warmup, total, floor):
     """Linear warmup to 1, cosine to `floor`."""
     if step < warmup:
         return (step + 1) / warmup
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
-
 
 def parameter_groups(model, config):
     """Encoder and the rest at their own rates; weight decay on matrices alone."""
@@ -370,7 +353,6 @@ def parameter_groups(model, config):
             groups.setdefault((rate, decay), []).append(p)
     return [dict(params=params, lr=rate, base_lr=rate, weight_decay=decay) for (rate, decay), params in groups.items()]
 
-
 def starting_point(config, model_config, ranks, resumed):
     """The model with the weights its stage begins from, and the frozen teacher T."""
     model = VQRAE(model_config)
@@ -378,7 +360,7 @@ def starting_point(config, model_config, ranks, resumed):
     if config.stage == 2 and config.init_from != "none":
         path = run / "stage1.pt"
         if not path.exists():
-            raise UserError(f"stage 2 starts from {path}, which is not there: run `{command(config, stage=1)}` first, or pass --init_from")
+            raise UserError(f"stage 2 starts from {path}, which is not there: run `{command(config, model_config, 1)}` first, or pass --init_from")
         stage1 = load_checkpoint(path)
         check_same_model(stage1["model_config"], model_config, path)
         model.load_state_dict(stage1["ema"], strict=True)
@@ -395,12 +377,10 @@ def starting_point(config, model_config, ranks, resumed):
     teacher = copy.deepcopy(model.encoder).requires_grad_(False).eval()       # before anything moves
     return model, teacher
 
-
 def check_same_model(saved, model_config, path):
     differ = [name for name, value in asdict(model_config).items() if saved.get(name) != value]
     if differ:
         raise UserError(f"{path} is of another model: " + ", ".join(f"{n} is {saved.get(n)} there, {getattr(model_config, n)} here" for n in differ))
-
 
 @torch.no_grad()
 def start_codebook(model, config, dataset, ranks):
@@ -415,7 +395,6 @@ def start_codebook(model, config, dataset, ranks):
     if ranks.size > 1:
         for tensor in (model.quantizer.codebook, model.quantizer.proj.weight):
             torch.distributed.broadcast(tensor, 0)
-
 
 @torch.no_grad()
 def validate(model, dataset, config, device):
@@ -434,14 +413,12 @@ def validate(model, dataset, config, device):
     rows = [row for pair in zip(rows[:len(rows) // 2], rows[len(rows) // 2:]) for row in pair]
     return torch.cat(psnrs).mean().item(), used.float().mean().item(), make_grid(torch.cat(rows), nrow=len(rows[0]))
 
-
-def command(config, **changes):
-    """The shell command of this run with `changes`, for messages."""
-    words = dict(config=config.config, data=config.data, stage=config.stage, out_dir=config.out_dir) | changes
-    default = TrainConfig(config=words["config"])
-    flags = [f"--{k} {v}" for k, v in words.items() if v != getattr(default, k, None) or (k == "config" and v != "tiny")]
-    return " ".join(["python train_tokenizer.py", *flags])
-
+def command(config, model_config, stage):
+    """The shell command of `stage` of this run, for messages."""
+    usual = asdict(TrainConfig(config=config.config)) | asdict(MODELS[config.config]) | dict(config="tiny")
+    here = dict(config=config.config, data=config.data, val_data=config.val_data, stage=stage, out_dir=config.out_dir) | asdict(model_config)
+    flags = [(f"--{k}", json.dumps(v) if isinstance(v, dict) else str(v)) for k, v in here.items() if v != usual[k]]
+    return shlex.join(["python", "train_tokenizer.py", *itertools.chain(*flags)])
 
 def train(config, model_config, ranks):
     out, device, start = Path(config.out_dir), ranks.device, time.time()
@@ -456,9 +433,7 @@ def train(config, model_config, ranks):
     val_data = open_data(config.val_data or config.data, config, size, train=False)
     torch.manual_seed(config.seed)
     model, teacher = starting_point(config, model_config, ranks, resumed)
-    perceptual = None
-    if config.perceptual != "none":
-        perceptual = PerceptualLoss(config.perceptual, config.lpips_weights, config.convnext_weights, vfm=teacher)
+    perceptual = config.perceptual != "none" and PerceptualLoss(config.perceptual, config.lpips_weights, config.convnext_weights, vfm=teacher)
     discriminator = Discriminator(config.disc_width) if config.disc_start >= 0 else None
 
     frozen = config.encoder_lr == 0
@@ -493,12 +468,9 @@ def train(config, model_config, ranks):
                 discriminator=discriminator and discriminator.state_dict(), d_optimizer=d_optimizer and d_optimizer.state_dict(),
                 lecam=torch.stack([ema_real, ema_fake]), rng=torch.get_rng_state(), config=asdict(config), model_config=asdict(model_config)))
 
-    def positions():
-        for step in range(first_step, config.total_steps):
-            at = step * config.batch_size + ranks.rank * local
-            yield from range(at, at + local)
-
-    stream = batches(data, size, positions(), micro, config.num_workers)
+    firsts = (step * config.batch_size + ranks.rank * local for step in range(first_step, config.total_steps))
+    positions = (at + i for at in firsts for i in range(local))               # of this rank's images
+    stream = batches(data, size, positions, micro, config.num_workers)
     log = Log(out / f"log_stage{config.stage}.jsonl", first_step, ranks.first)
     bar = tqdm(total=config.total_steps, initial=first_step, desc=f"stage {config.stage}", unit="step", disable=not ranks.first)
     weights = dict(l2=config.l2_weight, perceptual=config.perceptual_weight, quant=1.0, distill=config.distill_weight,
@@ -553,8 +525,7 @@ def train(config, model_config, ranks):
                 (loss / accumulate).backward()
             if adversarial:
                 discriminator.requires_grad_(True)
-                quiet = contextlib.nullcontext if quiet is contextlib.nullcontext else d_net.no_sync
-                with quiet():
+                with contextlib.nullcontext() if quiet is contextlib.nullcontext else d_net.no_sync():
                     with amp:
                         real, fake = full(d_net(torch.cat([target, X.detach()]))).chunk(2)    # (b, 1, 16, 16) each
                     real_mean, fake_mean = ranks.mean_with_grad(real.mean()), ranks.mean_with_grad(fake.mean())
@@ -609,7 +580,6 @@ def train(config, model_config, ranks):
         finish(config, ema, teacher, val, time.time() - start, skipped)
     ranks.wait()
 
-
 def finish(config, ema, teacher, val, seconds, skipped):
     """Save the tokenizer, print the short table and the next command."""
     out = Path(config.out_dir)
@@ -624,8 +594,8 @@ def finish(config, ema, teacher, val, seconds, skipped):
     print(f"  {'time':24}{seconds / 60:.1f} minutes\n  {'pictures':24}{out / f'recon_stage{config.stage}.png'}\n  {'tokenizer':24}{folder}")
     if skipped:
         print(f"  {'unreadable images':24}{skipped}")
-    print(f"\nNext: {command(config, stage=2) if config.stage == 1 else 'python eval.py' + (f' --out_dir {out}' if str(out) != 'out/tiny' else '')}")
-
+    scoring = shlex.join(["python", "eval.py", "--data", config.val_data or config.data, "--out_dir", str(out)])
+    print(f"\nNext: {command(config, ema.config, 2) if config.stage == 1 else scoring}")
 
 def main():
     config, model_config, origin = parse_config(TrainConfig, PRESETS, preset_order, VQRAEConfig, MODELS)
@@ -643,8 +613,7 @@ def main():
     if path.exists() and not config.overwrite:
         raise UserError(f"{path} exists: --overwrite makes it anew")
     pretrain(config, model_config, ranks, path)
-    ranks.say(f"wrote {path}\nNext: {command(config, stage=1)}")
-
+    ranks.say(f"wrote {path}\nNext: {command(config, model_config, 1)}")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The shapes world: 64 x 64 pictures of one to four objects, drawn by the thousand a second. Picture i is a function of i
@@ -660,7 +629,6 @@ HELD_OUT = tuple((shape, (shape + 3) % 8) for shape in range(6))              # 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr", "scene")    # GenEval's six, and one more
 RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = ("one", "two", "three", "four")
-
 
 class Scene(NamedTuple):
     """What is in B pictures; objects in four places of which the first `count` are taken."""
@@ -681,7 +649,6 @@ class Scene(NamedTuple):
     def present(self):          # (B, 4) bool
         return torch.arange(4) < self.count[:, None]
 
-
 def uniforms(index, n):
     """(B,) int64 -> (B, n) numbers in [0, 1), by the splitmix64 hash of (index, column)."""
     signed = lambda x: x - (1 << 64)                                          # torch has no uint64 arithmetic; int64 wraps the same
@@ -689,7 +656,6 @@ def uniforms(index, n):
     for shift, factor in ((30, signed(0xBF58476D1CE4E5B9)), (27, signed(0x94D049BB133111EB)), (31, 1)):
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
     return ((x >> 40) & 0xFFFFFF).float() / (1 << 24)
-
 
 def plan(index, task=None):
     """Picture numbers (B,) int64 -> Scene. task: an index into TASKS to have that one alone."""
@@ -716,7 +682,6 @@ def plan(index, task=None):
     background = 0.75 + 0.2 * u[:, 41:42] + 0.04 * (u[:, 42:45] - 0.5)        # greyish, so that every object stands out
     return Scene(task, count, relation, shape, color, x, y, radius, angle, rgb, background, 0.08 * (u[:, 45:47] - 0.5))
 
-
 def captions(scene):
     """Scene -> B captions in GenEval's wording, without its "a photo of"."""
     out = []
@@ -733,9 +698,7 @@ def captions(scene):
             out.append(" and ".join(filter(None, (", ".join(things[:-1]), things[-1]))))
     return out
 
-
 EXTENT = 1.3                                      # half the side of ATLAS, in radii
-
 
 def draw_atlas(side=64):
     """(6, 1, side, side): signed distance to each shape's outline, positive inside, in radii."""
@@ -761,10 +724,8 @@ def draw_atlas(side=64):
     return torch.stack([0.93 - r, polygon([(-s, -s), (s, -s), (s, s), (-s, s)]), polygon(rays(1.12, 1.12, 1.12)),
                         polygon(rays(*[1.15, 0.5] * 5)), polygon(cross), 0.22 - (r - 0.78).abs()])[:, None]
 
-
 ATLAS = draw_atlas()
 PIXELS = torch.cartesian_prod(torch.arange(WINDOW) + 0.5, torch.arange(WINDOW) + 0.5).flip(1)      # (W W, 2): x, y
-
 
 def masks(shape, x, y, radius, angle):
     """M objects, (M,) each -> their coverage (M, WINDOW, WINDOW) in [0, 1], anti-aliased, and the window's left and top (M,)."""
@@ -775,7 +736,6 @@ def masks(shape, x, y, radius, angle):
     grid = torch.baddbmm(-center @ turn, PIXELS.expand(len(x), -1, -1), turn)  # (M, W W, 2): where in the atlas each pixel lies
     distance = F.grid_sample(ATLAS[shape], grid.view(-1, WINDOW, WINDOW, 2), padding_mode="border", align_corners=True)[:, 0]
     return distance.mul_(radius[:, None, None]).add_(0.5).clamp_(0, 1), left.long(), top.long()
-
 
 def draw_layers(scene):
     """Scene -> (B, 6, 64, 64): how much of each pixel four objects and the background cover, and the background's slope there."""
@@ -791,20 +751,17 @@ def draw_layers(scene):
     torch.mul(layers[:, 4], slope, out=layers[:, 5])
     return layers
 
-
 def render(scene):
     """Scene -> images (B, 3, 64, 64) in [0, 1]."""
     layers = draw_layers(scene)
     rgb = torch.cat([scene.rgb, scene.background[:, None], torch.ones(len(layers), 1, 3)], 1)     # (B, 6, 3)
     return (rgb.transpose(1, 2) @ layers.flatten(2)).view(-1, 3, SIDE, SIDE).clamp_(0, 1)
 
-
 def segments(scene, grid):
     """What is where: shape and color, (B, grid * grid, 16) each for the 4 x 4 cells of every patch; 0 for background, else index + 1."""
     cells = F.interpolate(draw_layers(scene)[:, :4], size=4 * grid, mode="area")                              # (B, 4, 4 grid, 4 grid)
     cover, who = cells.unflatten(3, (grid, 4)).unflatten(2, (grid, 4)).transpose(3, 4).flatten(4).flatten(2, 3).max(1)    # (B, N, 16)
     return [torch.where(cover > 0.5, what.gather(1, who.flatten(1)).view_as(who) + 1, 0) for what in (scene.shape, scene.color)]
-
 
 if __name__ == "__main__":
     command_line(main)

@@ -30,8 +30,7 @@ C, W              | SimVQ.codebook, SimVQ.proj             L_G      (eq. 2)   | 
 Z_q, Z_bot        | SimVQ.lookup, VQRAE.from_code          L_distill (eq. 5)  | distill_loss
 D, X'             | Decoder, VQRAE.detokenize              q                  | VQRAEConfig.q
 
-In reading order: configuration, encoder, quantiser, decoder, the whole, losses, files; and at the end what the
-scripts share and the method does not need: command line, processes, checkpoints.
+In reading order: configuration, encoder, quantiser, decoder, the whole, losses, files; last what the scripts share.
 """
 import argparse
 import contextlib
@@ -65,13 +64,10 @@ from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 from torchvision.models import ConvNeXt_Small_Weights, VGG16_Weights, convnext_small
 
-
 class UserError(ValueError):
     """A mistake the user can mend. Its text says what is wrong, where, and what to do; the scripts print it as one line."""
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Configuration
+# ---- Configuration --------------------------------------------------------------------------------------------------
 
 @dataclass
 class VQRAEConfig:
@@ -108,7 +104,6 @@ class VQRAEConfig:
     def output_size(self):            # pixels a side of the reconstruction
         return self.grid * (self.q or self.patch_size)
 
-
 MODELS = {
     # A stand-in VFM that `train_tokenizer.py` pretrains itself, small enough for a laptop's CPU.
     "tiny": VQRAEConfig(encoder="vit_tiny_patch16_224", encoder_weights="stage0", image_size=64, patch_size=8, dim=128,
@@ -123,9 +118,7 @@ MODELS = {
     "internvit_448": VQRAEConfig(encoder="vit_intern300m_patch14_448.ogvl_2pt5", image_size=448, patch_size=14, dim=1024),
 }
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Encoder
+# ---- Encoder --------------------------------------------------------------------------------------------------------
 
 def create_vit(config, **changes):
     """The config's timm ViT without head or pooling, randomly initialised. A pooling head would hold weights that never
@@ -135,7 +128,6 @@ def create_vit(config, **changes):
         return timm.create_model(config.encoder, num_classes=0, global_pool="", **{**kwargs, **config.encoder_kwargs, **changes})
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise UserError(f"timm cannot build {config.encoder} with {config.encoder_kwargs}, dim {config.dim}: {error}") from error
-
 
 class Encoder(nn.Module):
     """The vision foundation model E (section 3.2): images (B, 3, h, w) in [0, 1] -> Z_I (B, N, d).
@@ -155,7 +147,6 @@ class Encoder(nn.Module):
     def forward(self, images):                                                # (B, 3, h, w) in [0, 1]
         x = self.vit.forward_features((images - self.mean) / self.std)        # (B, prefix + N, d)
         return x[:, self.vit.num_prefix_tokens:]                              # (B, N, d), class token dropped
-
 
 def to_timm_keys(state):
     """A ViT's state dict with timm's or transformers' key names (SiglipVisionModel, InternVLVisionModel, alone or as an
@@ -181,7 +172,6 @@ def to_timm_keys(state):
         out[key.replace("q_proj", "qkv")] = torch.cat(parts)
     return out
 
-
 def hub_file(repo, name, remedy="pass --encoder_weights FILE"):
     """A file of a hub repository: from the cache, else downloaded. Says within seconds when there is no network, where
     the hub's own retries would take a minute."""
@@ -195,7 +185,6 @@ def hub_file(repo, name, remedy="pass --encoder_weights FILE"):
     except OSError as error:
         raise UserError(f"cannot reach {url} ({error}): fetch it where there is a network, then {remedy}") from error
     return hf_hub_download(repo, name)
-
 
 def load_encoder_weights(encoder, source):
     """Fill `encoder` from `source`: "hub", "random" (left as it is), or a file. Every key must fit: a silent partial load
@@ -220,18 +209,14 @@ def load_encoder_weights(encoder, source):
         raise UserError(f"{path} does not fit the encoder {vit.pretrained_cfg['architecture']}: "
                         + " ".join(str(error).split())[:300]) from error
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Quantiser
+# ---- Quantiser ------------------------------------------------------------------------------------------------------
 
 def full(x):
     """Out of autocast's bfloat16: float32, or float64 where everything is."""
     return x if x.dtype == torch.float64 else x.float()
 
-
 def no_autocast(x):
     return contextlib.nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
-
 
 @torch.no_grad()
 def nearest(z, codes, max_elements=1 << 23):
@@ -240,7 +225,6 @@ def nearest(z, codes, max_elements=1 << 23):
     half = codes.square().sum(1) / 2                                          # (k,)
     rows = z.split(max(1, max_elements // len(codes)))                        # at most 32 MB of float32 distances
     return torch.cat([torch.addmm(half, row, codes.T, alpha=-1).argmin(1) for row in rows])
-
 
 class ChosenCodes(torch.autograd.Function):
     """codes[indices] for codes = C W^T computed without autograd. W's gradient then needs the chosen rows of C alone: M e^2
@@ -257,7 +241,6 @@ class ChosenCodes(torch.autograd.Function):
         if len(indices) < len(C):
             return grad.T @ C[indices], None, None, None                      # (e, e)
         return torch.zeros_like(C).index_add_(0, indices, grad).T @ C, None, None, None
-
 
 class SimVQ(nn.Module):
     """SimVQ (Zhu et al. 2024), eq. 1: the codes are C W with C frozen and only W learned, so that one used code moves all of
@@ -303,9 +286,7 @@ class SimVQ(nn.Module):
         self.codebook.copy_(C)
         nn.init.eye_(self.proj.weight)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Decoder
+# ---- Decoder --------------------------------------------------------------------------------------------------------
 
 class Decoder(nn.Module):
     """The encoder's mirror D: Z_bot (B, N, d) -> X' (B, 3, grid q, grid q), about [0, 1], not clamped. The same timm
@@ -324,16 +305,13 @@ class Decoder(nn.Module):
         x = self.to_pixels(x).transpose(1, 2)                                 # (B, 3 q q, N)
         return F.pixel_shuffle(x.unflatten(2, (self.grid, self.grid)), self.q)  # (B, 3, grid q, grid q)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The whole
+# ---- The whole ------------------------------------------------------------------------------------------------------
 
 class Output(NamedTuple):
     reconstruction: torch.Tensor        # X' (B, 3, H, W), not clamped
     Z_I: torch.Tensor                   # (B, N, d)
     indices: torch.Tensor | None        # (B, N) int64; None without a quantiser
     vq_loss: torch.Tensor               # L_quant, scalar; 0 without a quantiser
-
 
 class VQRAE(nn.Module, PyTorchModelHubMixin):
     """The tokenizer. Images are (B, 3, h, w) float in [0, 1], RGB, h = w = config.image_size; tokens (B, N) int64.
@@ -370,14 +348,11 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
     def detokenize(self, indices):                                            # (B, N)
         return self.decoder(self.from_code(self.quantizer.lookup(indices)))   # X' (B, 3, H, W)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses. All are means over elements, in float32.
+# ---- Losses. All are means over elements, in float32. ---------------------------------------------------------------
 
 def distill_loss(Z_I, teacher_Z_I):
     """Eq. 5: keeps the continuous features where an MLLM expects them. (B, N, d), (B, N, d) -> scalar."""
     return F.mse_loss(full(Z_I), full(teacher_Z_I))
-
 
 def torchvision_weights(path, url, flag):
     """A torchvision model's state dict: from the file `path`, else from the download's cache, else downloaded."""
@@ -389,14 +364,12 @@ def torchvision_weights(path, url, flag):
         raise UserError(f"cannot download {url} ({error}): fetch it where there is a network and pass {flag} FILE, "
                         f"or train with --perceptual vfm") from error
 
-
 def fill(module, state, flag, prefix=""):
     """Load the part of `state` under `prefix`, every key of it."""
     try:
         module.load_state_dict({k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}, strict=True)
     except (RuntimeError, AttributeError) as error:
         raise UserError(f"not the weights that {flag} wants: " + " ".join(str(error).split())[:200]) from error
-
 
 def build_lpips(weights=""):
     """LPIPS(VGG16). The lpips package carries its five linear layers; VGG16 is torchvision's, downloaded or a local file."""
@@ -408,7 +381,6 @@ def build_lpips(weights=""):
         for index, layer in part.named_children():                            # they keep torchvision's numbers
             fill(layer, state, "--lpips_weights", prefix=f"features.{index}.")
     return net
-
 
 class PerceptualLoss(nn.Module):
     """L_P of eq. 2. (x, y) images (B, 3, H, W) in [0, 1], the reconstruction not clamped -> scalar.
@@ -455,7 +427,6 @@ class PerceptualLoss(nn.Module):
             loss = loss + 0.1 * F.mse_loss(self.logits(x), self.logits(y))
         return loss
 
-
 class Discriminator(nn.Module):
     """A patch discriminator in TiTok's shape: images (B, 3, H, W) in [0, 1] -> logits (B, 1, 16, 16). PyTorch's default
     initialisation; `width` 128 is TiTok's, smaller for tiny."""
@@ -478,26 +449,21 @@ class Discriminator(nn.Module):
             x = F.leaky_relu(norm(x), 0.1)
         return self.head(F.adaptive_max_pool2d(x, 16))                        # (B, 1, 16, 16)
 
-
 def hinge_d_loss(real_logits, fake_logits):
     """The discriminator's loss: real above 1, fake below -1."""
     return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
-
 
 def lecam(real_mean, fake_mean, ema_real, ema_fake):
     """LeCAM (Tseng et al. 2021) as in TiTok: pull the mean logits of the whole (global) batch towards the running mean of
     the other side, so that the discriminator does not run away. All scalars."""
     return F.relu(real_mean - ema_fake).square() + F.relu(ema_real - fake_mean).square()
 
-
 def psnr(x, y):
     """(B, 3, H, W) in [0, 1] -> (B,) dB, both clamped and rounded to 8 bits as a picture file would be."""
     x, y = ((full(i).clamp(0, 1) * 255).round() / 255 for i in (x, y))
     return -10 * (x - y).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
+# ---- Files ----------------------------------------------------------------------------------------------------------
 
 def save_tokenizer(model, folder, teacher=None):
     """`folder`/config.json and model.safetensors, complete or not at all. `teacher`: a stage-0 encoder, which no hub has,
@@ -511,7 +477,6 @@ def save_tokenizer(model, folder, teacher=None):
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
-
 def load_tokenizer(folder, device="cpu"):
     """A saved tokenizer, in eval mode. Downloads nothing."""
     folder = Path(folder)
@@ -524,7 +489,6 @@ def load_tokenizer(folder, device="cpu"):
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder} cannot be read as a tokenizer: " + " ".join(str(error).split())[:300]) from error
 
-
 def load_teacher(folder, config):
     """The frozen VFM that the tokenizer in `folder` began from, from the file beside it or the recorded source."""
     teacher = Encoder(config)
@@ -533,7 +497,6 @@ def load_teacher(folder, config):
         raise UserError(f"{folder} does not carry its teacher, and encoder_weights {config.encoder_weights} cannot be fetched")
     load_encoder_weights(teacher, str(beside) if beside.is_file() else config.encoder_weights)
     return teacher.requires_grad_(False).eval()
-
 
 def save_checkpoint(path, state):
     """Write to a temporary name, then rename: a full disk or a kill leaves the previous file whole."""
@@ -548,7 +511,6 @@ def save_checkpoint(path, state):
         partial.unlink(missing_ok=True)
         raise UserError(f"cannot write {path} ({error}): the previous file is whole; free some space, then --resume") from error
 
-
 def load_checkpoint(path):
     """Tensors, numbers and dicts only: a pickle that would run code is refused, not run."""
     try:
@@ -559,9 +521,7 @@ def load_checkpoint(path):
         raise UserError(f"{path} is not a readable checkpoint, or holds more than tensors and numbers: not loaded "
                         f"({' '.join(str(error).split())[:120]})") from error
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What the scripts share: command line, processes, log
+# ---- What the scripts share: command line, processes, log -----------------------------------------------------------
 
 def parse_config(cls, presets, order, model_class=None, models=None, argv=None):
     """Dataclass fields -> command-line flags -> values, each with its origin.
@@ -607,18 +567,16 @@ def parse_config(cls, presets, order, model_class=None, models=None, argv=None):
     made = [c(**{f.name: values[f.name] for f in dataclasses.fields(c)}) for c in classes]
     return made[0], (made[1] if model_class else None), origin
 
-
 def print_config(origin, *configs):
-    for config in configs:
-        for f in dataclasses.fields(config):
-            print(f"  {f.name:18} {str(getattr(config, f.name)):44} {origin[f.name]}")
-
+    for name, value in (item for config in configs for item in vars(config).items()):
+        print(f"  {name:18} {str(value):44} {origin[name] if isinstance(origin[name], str) else ' '.join(map(str, origin[name]))}")
 
 class Ranks:
     """This process among the others: one without torchrun, else as torchrun says (nccl on GPUs, gloo elsewhere)."""
 
     def __init__(self, device=""):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.first, self.stop_asked = self.rank == 0, False
         device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
         if device == "cuda":
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -631,7 +589,6 @@ class Ranks:
             torch.cuda.set_device(self.device)
         if "RANK" in os.environ and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        self.stop_asked = False
 
     def catch_stop(self):
         """From now on SIGTERM and Ctrl-C ask for a stop between two steps; a second one stops at once."""
@@ -640,10 +597,6 @@ class Ranks:
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, ask)
         signal.signal(signal.SIGINT, ask)
-
-    @property
-    def first(self):
-        return self.rank == 0
 
     def say(self, *text):
         if self.first:
@@ -676,25 +629,16 @@ class Ranks:
         return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False,   # the codebook is large and never changes
                                                    device_ids=[self.device] if self.device.type == "cuda" else None)
 
-
 class Log:
     """log_*.jsonl: one object a line. A resumed run cuts what a killed one wrote past its last checkpoint."""
 
     def __init__(self, path, step, enabled):
-        kept = []
-        if enabled and step and path.exists():
-            kept = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
-        self.file = open(path, "w") if enabled else None
-        self.write_lines(kept)
-
-    def write_lines(self, lines):
-        if self.file:
-            self.file.writelines(line + "\n" for line in lines)
-            self.file.flush()
+        lines = path.read_text().splitlines(True) if enabled and step and path.exists() else []
+        self.file = open(path, "w", buffering=1) if enabled else io.StringIO()
+        self.file.writelines(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step)
 
     def __call__(self, **values):
-        self.write_lines([json.dumps(values)])
-
+        print(json.dumps(values), file=self.file)
 
 def open_run(path, config):
     """The checkpoint to go on from, or None to start; refuses to start over a finished or unfinished run by accident."""
@@ -705,7 +649,6 @@ def open_run(path, config):
     if path.exists() and not config.overwrite:
         raise UserError(f"{path} exists: --resume goes on from it, --overwrite starts over, --out_dir puts the new run elsewhere")
 
-
 def split_batch(config, ranks):
     """The global batch as (images a rank a step, images a rank at a time, accumulation steps)."""
     local = config.batch_size // ranks.size
@@ -714,11 +657,9 @@ def split_batch(config, ranks):
         raise UserError(f"--batch_size {config.batch_size} must be a multiple of ranks ({ranks.size}) times --micro_batch ({micro})")
     return local, micro, local // micro
 
-
 def resume_command():
     """The command that goes on where this one stopped."""
     return shlex.join(["python", *[word for word in sys.argv if word not in ("--overwrite", "--resume")], "--resume"])
-
 
 def check_finite(losses, step):
     """{name: value}: stop at the first loss that is NaN or infinite, by name."""
@@ -726,7 +667,6 @@ def check_finite(losses, step):
         if not math.isfinite(value):
             raise UserError(f"the {name} loss is {value} at step {step}: stopped, the last checkpoint is whole. "
                             f"Try a lower --lr, a longer --warmup_steps, or --precision float32, then --resume")
-
 
 def command_line(main):
     """Run a script's main(). A user's mistake ends as one line and exit status 1, under torchrun as one line in all."""
