@@ -333,7 +333,7 @@ def test_flags_win_and_origins_are_told():
     assert (train.lr, model.codebook_dim, train.random_flip) == (0.5, 64, False)
     assert (origin["lr"], origin["encoder_lr"], origin["disc_start"], origin["codebook_dim"], origin["seed"]) == \
         ("flag", ("tiny", 2), ("tiny", 2), "flag", "default")
-    assert origin["dim"] == "model" and origin["distill_weight"] == ("stage", 2)
+    assert origin["dim"] == "model" and resolved("--config", "siglip2_256", "--stage", "2")[2]["distill_weight"] == ("stage", 2)
 
 
 def test_every_field_is_read_somewhere():
@@ -613,6 +613,23 @@ def test_simvq_is_fast_and_lean(n, faster, memory):
     (t0, m0, _), (t1, m1, rate) = cost["straightforward"], cost["ours"]
     print(f"\nSimVQ, N {n}: {t0 / t1:.2f} times as fast, {m1 / m0:.2f} of the extra memory, {work / t1 / rate:.0%} of the matmul rate")
     assert t0 / t1 >= faster and m1 / m0 <= memory
+
+
+@slow
+@torch.no_grad()
+def test_the_codebook_starts_used():
+    """VQRAE_SLOW=1 pytest -s -k starts_used, after train_tokenizer.py: codes in use on 256 pictures before any training."""
+    model = VQRAE(MODELS["tiny"])
+    vqrae.load_encoder_weights(model.encoder, str(HERE / "out/tiny/stage0.pt"))
+    latents = lambda first: torch.cat([model.to_code(model.encode(tt.render(tt.plan(torch.arange(64) + at)))) for at in range(first, first + 256, 64)]).flatten(0, 1)
+    data, test, k, usage = latents(0), latents(tt.VALIDATION), MODELS["tiny"].codebook_size, {}
+    for name, start in (("N(0, 1/e), W random", None), ("latents, W = I", 0), ("k-means, W = I", 5)):
+        vq = SimVQ(k, MODELS["tiny"].codebook_dim)
+        if start is not None:
+            vq.init_codebook(data, start)
+        usage[name] = len(vq(test[None])[1].unique()) / k
+    print("\n" + ", ".join(f"{name}: {share:.1%}" for name, share in usage.items()))
+    assert max(usage, key=usage.get) == "k-means, W = I"
 
 
 @slow
