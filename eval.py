@@ -4,18 +4,16 @@ How good is a tokenizer? Every number with its protocol.
     python eval.py                                     out/tiny/tokenizer on drawn shapes -> out/tiny/eval.json
     python eval.py A B ... --data FOLDER               several side by side, as a Markdown table
 
-    reconstruction   psnr, ssim (two conventions), lpips, rfid, fd_vfm          -> `reconstruction`, `ssim`, `Frechet`
-    codebook         usage, perplexity, entropy                                 -> `codebook`
-    semantics        kNN and linear probe of teacher, Z_I and Z_q               -> `semantics`, `knn`, `probe`
-    shapes           are the objects still there?                               -> `find_objects`, `objects_right`
+    ... --data FOLDER --part val                       the images that training without --val_data held out
 
-In reading order: metrics, one function each; the checker of the shapes world; the command line.
+In reading order: metrics, one function each (reconstruction, codebook, semantics); the checker of the shapes world; the command line.
 """
 import json
 import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +26,8 @@ from vqrae import Ranks, UserError, build_lpips, command_line, load_teacher, loa
 class EvalConfig:
     tokenizers: tuple = ()                # tokenizer folders; none: out_dir/tokenizer
     data: str = "shapes"                  # shapes, a folder of images, or 'shards-{000..127}.tar'
-    num_images: int = 2048                # as many of them, or all if there are fewer
+    part: Literal["all", "val"] = "all"   # of a folder or shards; val: those that training without --val_data held out
+    num_images: int = 2048                # as many of them, evenly spread, or all if there are fewer
     size: int = 0                         # score at this many pixels a side (the paper: 256); 0: the tokenizer's own
     out_dir: str = "out/tiny"             # eval.json goes here
     batch_size: int = 64                  # images at a time on each rank
@@ -38,16 +37,15 @@ class EvalConfig:
     inception_weights: str = ""           # a file of pytorch-fid's Inception; "": torch-fidelity downloads it
 
     def __post_init__(self):
-        for name in ("num_images", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} is at least 1, not {getattr(self, name)}")
+        if self.num_images < 2 or self.batch_size < 1 or self.size < 0:
+            raise UserError("--num_images is at least 2, --batch_size at least 1, --size not negative")
 
 # ---- Reconstruction -------------------------------------------------------------------------------------------------
 
 def ssim(x, y, data_range=1.0):
     """Structural similarity, scikit-image's defaults: 7 x 7 uniform window, sample covariance, mean over pixels and channels.
     (B, 3, H, W) in [0, 1] -> (B,). data_range 1 is right for [0, 1]; 2 is what LlamaGen's and UniLIP's tables use."""
-    x, y = ((i.double().clamp(0, 1) * 255).round() / 255 for i in (x, y))
+    x, y = (((i if i.device.type == "mps" else i.double()).clamp(0, 1) * 255).round() / 255 for i in (x, y))     # mps knows no float64
     c1, c2, n = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2, 49
     mean = lambda z: F.avg_pool2d(z, 7, stride=1)
     mx, my = mean(x), mean(y)
@@ -63,7 +61,7 @@ class Frechet:
         self.ranks, self.sums = ranks, [None, None]
 
     def add(self, side, features):                                            # side 0 or 1, (B, f)
-        f = features.double().cpu()
+        f = features.cpu().double()
         new = torch.cat([f.T @ f, f.sum(0)[None], torch.full((1, f.shape[1]), float(len(f)), dtype=torch.float64)])
         self.sums[side] = new if self.sums[side] is None else self.sums[side] + new
 
@@ -105,7 +103,7 @@ def reconstruction(model, teacher, dataset, positions, config, ranks):
     frechet = {name: Frechet(ranks) for name in ("fd_vfm", "rfid") if name in nets or (name == "fd_vfm" and teacher)}
     sums, counts = torch.zeros(6, dtype=torch.float64), torch.zeros(model.config.codebook_size, dtype=torch.float64)
     size = config.size or model.config.output_size
-    for batch in tqdm(batches(dataset, max(size, native) if dataset else native, positions, config.batch_size, config.num_workers),
+    for batch in tqdm(batches(dataset, native, positions, config.batch_size, config.num_workers),
                       total=math.ceil(len(positions) / config.batch_size), desc="reconstruct", disable=not ranks.first):
         original = batch["image"].to(device)
         result = model(resize(original, native))
@@ -137,7 +135,7 @@ def reconstruction(model, teacher, dataset, positions, config, ranks):
     if small:
         reasons["few_images"] = f"{n} images are too few for a steady {' and '.join(small)}"
     out["reasons"] = reasons
-    out["protocol"] = (f"{config.data}: {n} images, shorter edge to {size} px (bicubic, antialiased), centre crop; reconstructed at {native} px, "
+    out["protocol"] = (f"{config.data}: {n} images, shorter edge to {dataset.size if dataset else native} px (bicubic, antialiased), centre crop; reconstructed at {native} px, "
                        f"scored at {size} px, clamped and rounded to 8 bits; PSNR per image, then mean; reference set: the same images")
     return out, counts
 
@@ -149,8 +147,7 @@ def codebook(counts):
     return dict(codebook_usage=used / len(counts), dead_codes=len(counts) - used, codebook_perplexity=entropy.exp().item(),
                 token_entropy_bits=entropy.item() / math.log(2))
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Semantics without a language model: classes from mean-pooled features
+# ---- Semantics without a language model: classes from mean-pooled features
 
 def knn(train, train_labels, test, test_labels, k=20):
     """Top-1 accuracy of a vote of the k nearest by cosine. (n, f), (n,), (m, f), (m,) -> float."""
@@ -206,8 +203,7 @@ def single_objects(total, batch=64):
         scene = plan(torch.arange(at, min(at + batch, total)) + 2 * VALIDATION, task=0)
         yield dict(image=render(scene), label=(scene.shape[:, 0] * 8 + scene.color[:, 0]).tolist())
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The checker: what objects are in a picture of the shapes world? Analysis by synthesis: fit the background, cut out what
+# ---- The checker: what objects are in a picture of the shapes world? Analysis by synthesis: fit the background, cut out what
 # differs, and see which shape, drawn there in that size, comes nearest. No learned model.
 
 def find_objects(images, least_area=25):
@@ -250,7 +246,7 @@ def find_objects(images, least_area=25):
                              radius.repeat_interleave(a, 1).flatten(), angles.repeat(len(x) * s))
     window, at = torch.arange(len(x))[:, None, None], torch.arange(WINDOW)
     seen = cover[window, top[::s * a, None, None] + at[:, None], left[::s * a, None, None] + at]           # (M, W, W)
-    error = (drawn.view(-1, s, a, WINDOW ** 2) - seen.view(-1, 1, 1, WINDOW ** 2)).square().sum(-1)        # (M, 6, 5)
+    error = (drawn.view(-1, s, a, WINDOW ** 2) - seen.view(-1, 1, 1, WINDOW ** 2)).square().sum(-1)        # (M, 6, 3)
     return picture, error.amin(2).argmin(1), color, x, y
 
 def objects_right(images, scene, near=6.0):
@@ -285,7 +281,10 @@ def evaluate(folder, config, ranks):
         teacher = load_teacher(folder, model.config).to(ranks.device)
     except UserError as error:
         teacher, reasons["teacher"] = None, str(error)
-    dataset = None if config.data == "shapes" else Images(config.data, max(config.size, model.config.image_size), train=False)
+    size = max(config.size, model.config.image_size, model.config.output_size)
+    dataset = None if config.data == "shapes" else Images(config.data, size, train=False, part=config.part if config.part == "val" else None)
+    if dataset:
+        dataset.records = dataset.records[::max(1, len(dataset) // config.num_images)]
     first = VALIDATION if dataset is None else 0
     total = config.num_images if dataset is None else min(config.num_images, len(dataset))
     keys = "psnr ssim ssim_dr2 lpips rfid fd_vfm codebook_usage codebook_perplexity token_entropy_bits cosine_to_teacher"

@@ -204,7 +204,7 @@ def test_perceptual_losses_are_frozen_and_fit_local_files(tmp_path):
     from torchvision.models import convnext_small, vgg16
     torch.save(vgg16().state_dict(), tmp_path / "vgg.pt")
     torch.save(convnext_small().state_dict(), tmp_path / "convnext.pt")
-    loss = PerceptualLoss("lpips_convnext", str(tmp_path / "vgg.pt"), str(tmp_path / "convnext.pt")).train()
+    loss = PerceptualLoss("lpips_convnext", str(tmp_path / "vgg.pt"), str(tmp_path / "convnext.pt"))
     assert not any(p.requires_grad for p in loss.parameters()) and not any(m.training for m in loss.modules())
     x, y = pictures(4, 64).split(2)
     y = y.requires_grad_()
@@ -513,6 +513,12 @@ def test_order_and_crops_depend_on_the_position_alone(folder):
     assert epoch != [make(1)[i]["name"] for i in range(24)]
     held = [{r["name"] for r in tt.Images(str(folder), 32, part=p).records} for p in ("train", "val")]
     assert not held[0] & held[1] and len(held[0] | held[1]) == 24
+
+
+def test_flips_do_not_need_random_crops(folder):
+    plain, flips = (tt.Images(str(folder), 32, random_flip=flip) for flip in (False, True))
+    turned = [torch.equal(flips[i]["image"], plain[i]["image"].flip(-1)) for i in range(24)]
+    assert 0 < sum(turned) and all(t or torch.equal(flips[i]["image"], plain[i]["image"]) for i, t in enumerate(turned))
 
 
 def test_centre_crop():
@@ -844,8 +850,20 @@ def test_a_nan_stops_the_run_with_its_term_named(trained, tmp_path, monkeypatch)
         with monkeypatch.context() as patch:
             patch.setattr(*target)
             said = run_inside("train_tokenizer.py", *WEE, "--out_dir", str(tmp_path / name), "--init_from", str(trained[0]), "--stage", "2")
-        assert f"the {name} loss is" in said and "step 0" in said
+        assert said.startswith(f"{name} is ") and "step 0" in said
         assert not (tmp_path / name / "stage2.pt").exists()
+
+
+def test_a_resumed_run_takes_the_new_rates(trained, tmp_path):
+    flags = [*WEE, "--out_dir", str(tmp_path), "--init_from", str(trained[0]), "--stage", "2"]
+    assert run_inside("train_tokenizer.py", *flags) == "no error"
+    assert run_inside("train_tokenizer.py", *flags, "--resume", "--total_steps", "8", "--lr", "0.004", "--end_lr", "0.004", "--warmup_steps", "1") == "no error"
+    rows = [json.loads(line) for line in (tmp_path / "log_stage2.jsonl").read_text().splitlines()]
+    assert [row["lr"] for row in rows if "lr" in row and row["step"] > 6] == [0.004, 0.004]
+    groups = vqrae.load_checkpoint(tmp_path / "stage2.pt")["optimizer"]["param_groups"]
+    assert sorted({group["lr"] for group in groups}) == [1e-3, 4e-3]          # encoder and the rest
+    for more, message in ((["--total_steps", "4"], "it is at step 8"), (["--encoder_lr", "0"], "cannot go on like this")):
+        assert message in run_inside("train_tokenizer.py", *flags, "--resume", "--total_steps", "9", *more)
 
 
 def test_a_collapsed_codebook_is_called_out(trained, tmp_path, monkeypatch, capsys):

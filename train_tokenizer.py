@@ -4,7 +4,7 @@ Train the VQRAE tokenizer: the paper's two stages, and before them a stage 0 for
     python train_tokenizer.py                       tiny: pretrain a small VFM on drawn shapes, then stage 1. CPU, no download
     python train_tokenizer.py --stage 2             everything, with self-distillation
     torchrun --nproc_per_node=8 train_tokenizer.py --config siglip2_256 --data 'FOLDER or shards-{000..127}.tar'
-    ... --resume                                    go on after a stop, bit for bit
+    ... --resume                                    go on after a stop (bit for bit on a CPU)
     ... --stage 2 --init_from none --distill_weight 0                     Table 6, first row
     ... --quantizer none                            the RAE baseline; every field of the model is a flag
 
@@ -23,6 +23,8 @@ import math
 import os
 import re
 import shlex
+import signal
+import sys
 import tarfile
 import time
 import zlib
@@ -43,8 +45,7 @@ from vqrae import (MODELS, VQRAE, Discriminator, Encoder, Log, PerceptualLoss, R
                    distill_loss, full, hinge_d_loss, lecam, load_checkpoint, load_encoder_weights, open_run, parse_config,
                    print_config, psnr, resume_command, save_checkpoint, save_tokenizer, split_batch)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Configuration. Defaults are stage 1 of SigLIP2-so400m 256. Sources: [T7] the paper's Table 7, [TiTok] inherited from the
+# ---- Configuration. Defaults are stage 1 of SigLIP2-so400m 256. Sources: [T7] the paper's Table 7, [TiTok] inherited from the
 # code it adapts, [ours]. Every field, and every field of VQRAEConfig, is a flag.
 
 @dataclass
@@ -103,6 +104,8 @@ class TrainConfig:
         for name in ("batch_size", "total_steps", "log_every", "eval_every", "save_every", "val_images", "disc_width"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is at least 1, not {getattr(self, name)}")
+        if self.lr <= 0 or min(self.encoder_lr, self.end_lr, self.micro_batch, self.num_workers, self.warmup_steps) < 0:
+            raise UserError("--lr is above 0; the other rates, --micro_batch, --num_workers and --warmup_steps are not negative")
         if self.resume and self.overwrite:
             raise UserError("--resume goes on and --overwrite starts over: choose one")
 
@@ -121,8 +124,7 @@ PRESETS = {
 def preset_order(values):
     return [("stage", values["stage"]), values["config"], (values["config"], values["stage"])]
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data. Everything is a function of (seed, position): position 0, 1, 2, ... counts the images a run has seen, so that any
+# ---- Data. Everything is a function of (seed, position): position 0, 1, 2, ... counts the images a run has seen, so that any
 # number of ranks and workers, and a resumed run, see the same images in the same order with the same crops.
 
 Image.MAX_IMAGE_PIXELS = 128 * 1024 * 1024        # more is refused as a decompression bomb
@@ -142,13 +144,12 @@ def decode(data):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
-def crop(image, size, generator=None, flip=False):
-    """Shorter edge to `size` (bicubic, antialiased), then a crop -> (3, size, size) uint8. No generator: the centre."""
+def crop(image, size, u=(0.5, 0.5, 1.0), flip=False):
+    """Shorter edge to `size` (bicubic, antialiased), then a crop -> (3, size, size) uint8. u in [0, 1]: where across, where
+    down, and below 0.5 flipped where `flip` allows. The default is the centre."""
     scale = size / min(image.size)
-    image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC, reducing_gap=None)
-    room = torch.tensor([image.width - size, image.height - size])
-    u = torch.full((3,), 0.5) if generator is None else torch.rand(3, generator=generator)
-    left, top = (u[:2] * (room + 1)).long().minimum(room).tolist() if generator else (room // 2).tolist()
+    image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+    left, top = (min(int(a * (room + 1)), room) for a, room in zip(u, (image.width - size, image.height - size)))
     image = TF.pil_to_tensor(image.crop((left, top, left + size, top + size)))
     return image.flip(-1) if flip and u[2] < 0.5 else image
 
@@ -178,12 +179,12 @@ class Images(torch.utils.data.Dataset):
         return self.records[self.order[1][i]]
 
     def __getitem__(self, position):
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + position) if self.random_crop else None
-        skipped = []
+        u, skipped = torch.rand(3, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + position)).tolist(), []
+        u = u if self.random_crop else [0.5, 0.5, u[2]]
         for attempt in range(len(self.records)):                              # an unreadable image's place goes to the next
             record = self.record(position + attempt)
             try:
-                image = crop(decode(read_bytes(record["image"])), self.size, generator, self.random_flip)
+                image = crop(decode(read_bytes(record["image"])), self.size, u, self.random_flip)
             except Exception as error:                                        # PIL raises anything on damaged files
                 skipped.append(f"{record['name']}: {error}")
                 continue
@@ -225,7 +226,7 @@ def read_folder(folder):
     return records
 
 def read_tars(pattern):
-    """Members of webdataset shards (key.jpg, key.txt) by file, offset and size. A damaged tar is named and left out."""
+    """Members of webdataset shards (key.jpg, key.txt) by file, offset and size. A damaged tar is named and left there."""
     paths = [pattern]
     while match := re.search(r"\{(\d+)\.\.(\d+)\}", paths[0]):
         numbers = [str(n).zfill(len(match[1])) for n in range(int(match[1]), int(match[2]) + 1)]
@@ -241,7 +242,7 @@ def read_tars(pattern):
         except (OSError, tarfile.TarError) as error:
             print(f"skipped {path}: {error}")
         for stem, parts in members.items():
-            image = next((parts[s] for s in IMAGE_SUFFIXES & parts.keys()), None)
+            image = next((parts[s] for s in sorted(IMAGE_SUFFIXES & parts.keys())), None)
             if image:
                 records.append(dict(name=f"{path}:{stem}", image=image, text=parts.get(".txt", ""), label=os.path.basename(os.path.dirname(stem))))
     if not records:
@@ -263,20 +264,24 @@ def batches(dataset, size, positions, batch, num_workers=0):
             scene = plan(torch.tensor(index))
             yield dict(image=resize(render(scene), size), text=captions(scene), skipped=[], scene=scene)
         return
-
-    def collate(items):
-        joined = {key: [item[key] for item in items] for key in items[0]}
-        return joined | dict(image=torch.stack(joined["image"]), skipped=sum(joined["skipped"], []))
     loader = torch.utils.data.DataLoader(dataset, batch, sampler=positions, num_workers=num_workers, collate_fn=collate,
-                                         generator=torch.Generator(), pin_memory=torch.cuda.is_available())  # own generator: iter() draws from it
+                                         worker_init_fn=ignore_signals, generator=torch.Generator())      # its own: iter() draws from it
     for item in loader:
         yield item | dict(image=item["image"].float() / 255)
+
+def collate(items):
+    joined = {key: [item[key] for item in items] for key in items[0]}
+    return joined | dict(image=torch.stack(joined["image"]), skipped=sum(joined["skipped"], []))
+
+def ignore_signals(_):
+    """torchrun and Ctrl-C signal the workers too; the training process alone decides when to stop."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 def resize(images, size):
     return images if images.shape[-1] == size else F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stage 0 (ours; only where encoder_weights is "stage0"): a small ViT learns what SigLIP2 learns, in seconds. Captions by
+# ---- Stage 0 (ours; only where encoder_weights is "stage0"): a small ViT learns what SigLIP2 learns, in seconds. Captions by
 # SigLIP's sigmoid loss, and what is where (SigLIP2 learns that from a captioning decoder, we from the renderer). No pixel loss:
 # like any semantic encoder it may forget tints and shades, and stage 2 will have something to win back.
 
@@ -330,9 +335,8 @@ def pretrain(config, model_config, ranks, path):
             sum(losses.values()).backward()
             nn.utils.clip_grad_norm_(net.parameters(), config.clip)
             optimizer.step()
-            if step % 10 == 0:
-                bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()})
-        save_checkpoint(path, dict(encoder=encoder.vit.state_dict(), config=asdict(model_config)))
+            bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
+        save_checkpoint(path, dict(encoder=encoder.vit.state_dict()))
     ranks.wait()
 
 # ---- Stages 1 and 2 -------------------------------------------------------------------------------------------------
@@ -348,10 +352,10 @@ def parameter_groups(model, config):
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            rate = config.encoder_lr if name.startswith("encoder.") else config.lr
-            decay = config.weight_decay if p.ndim > 1 and not name.endswith(("pos_embed", "cls_token")) else 0.0
-            groups.setdefault((rate, decay), []).append(p)
-    return [dict(params=params, lr=rate, base_lr=rate, weight_decay=decay) for (rate, decay), params in groups.items()]
+            decays = p.ndim > 1 and not name.endswith(("pos_embed", "cls_token"))
+            groups.setdefault((name.startswith("encoder."), decays), []).append(p)
+    return [dict(params=params, base_lr=config.encoder_lr if of_encoder else config.lr, weight_decay=config.weight_decay if decays else 0.0)
+            for (of_encoder, decays), params in groups.items()]
 
 def starting_point(config, model_config, ranks, resumed):
     """The model with the weights its stage begins from, and the frozen teacher T."""
@@ -364,7 +368,7 @@ def starting_point(config, model_config, ranks, resumed):
         stage1 = load_checkpoint(path)
         check_same_model(stage1["model_config"], model_config, path)
         model.load_state_dict(stage1["ema"], strict=True)
-    elif resumed and config.stage == 1:
+    elif resumed and config.encoder_lr == 0:
         model.load_state_dict(resumed["model"], strict=True)                  # its encoder has not moved
     elif model_config.encoder_weights == "stage0":
         if not (run / "stage0.pt").exists():
@@ -399,8 +403,10 @@ def start_codebook(model, config, dataset, ranks):
 @torch.no_grad()
 def validate(model, dataset, config, device):
     """-> mean PSNR of the validation images, codebook usage on them, and a grid of originals over reconstructions."""
-    psnrs, used, rows = [], torch.zeros(model.config.codebook_size, dtype=torch.bool), []
-    positions = range(VALIDATION, VALIDATION + config.val_images) if dataset is None else range(min(config.val_images, len(dataset)))
+    psnrs, used, grid = [], torch.zeros(model.config.codebook_size, dtype=torch.bool), None
+    positions = range(VALIDATION, VALIDATION + config.val_images)
+    if dataset is not None:                                                   # files are sorted: take some of every kind
+        positions = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:config.val_images].tolist()
     for batch in batches(dataset, model.config.image_size, positions, 32):
         images = batch["image"].to(device)
         out = model(images)
@@ -408,16 +414,19 @@ def validate(model, dataset, config, device):
         psnrs.append(psnr(out.reconstruction, target))
         if out.indices is not None:
             used[out.indices.flatten().cpu()] = True
-        if len(rows) < 2:
-            rows += [*target[:16].split(8), *out.reconstruction[:16].clamp(0, 1).split(8)]
-    rows = [row for pair in zip(rows[:len(rows) // 2], rows[len(rows) // 2:]) for row in pair]
-    return torch.cat(psnrs).mean().item(), used.float().mean().item(), make_grid(torch.cat(rows), nrow=len(rows[0]))
+        if grid is None:
+            across = min(8, len(images))
+            pairs = zip(target[:16].split(across), out.reconstruction[:16].clamp(0, 1).split(across))
+            grid = make_grid(torch.cat([row for pair in pairs for row in pair if len(row) == across]), nrow=across)
+    return torch.cat(psnrs).mean().item(), used.float().mean().item(), grid
 
 def command(config, model_config, stage):
     """The shell command of `stage` of this run, for messages."""
-    usual = asdict(TrainConfig(config=config.config)) | asdict(MODELS[config.config]) | dict(config="tiny")
-    here = dict(config=config.config, data=config.data, val_data=config.val_data, stage=stage, out_dir=config.out_dir) | asdict(model_config)
-    flags = [(f"--{k}", json.dumps(v) if isinstance(v, dict) else str(v)) for k, v in here.items() if v != usual[k]]
+    kept = "config data val_data out_dir device precision seed batch_size micro_batch num_workers perceptual lpips_weights convnext_weights"
+    given = {word.split("=")[0].removeprefix("--") for word in sys.argv}
+    here = {name: getattr(config, name) for name in kept.split() if name in given} | dict(stage=stage) * (stage != 1)
+    here |= {name: value for name, value in asdict(model_config).items() if value != getattr(MODELS[config.config], name)}
+    flags = [(f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)) for name, value in here.items()]
     return shlex.join(["python", "train_tokenizer.py", *itertools.chain(*flags)])
 
 def train(config, model_config, ranks):
@@ -433,8 +442,11 @@ def train(config, model_config, ranks):
     val_data = open_data(config.val_data or config.data, config, size, train=False)
     torch.manual_seed(config.seed)
     model, teacher = starting_point(config, model_config, ranks, resumed)
+    torch.manual_seed(config.seed)                                            # the same from here on, whether stage 0 ran just now or not
     perceptual = config.perceptual != "none" and PerceptualLoss(config.perceptual, config.lpips_weights, config.convnext_weights, vfm=teacher)
     discriminator = Discriminator(config.disc_width) if config.disc_start >= 0 else None
+    if config.disc_start >= config.total_steps:
+        ranks.say(f"note: the discriminator would start at step {config.disc_start}, after the last: it takes no part")
 
     frozen = config.encoder_lr == 0
     model.encoder.requires_grad_(not frozen)
@@ -446,18 +458,20 @@ def train(config, model_config, ranks):
     optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=(config.beta1, config.beta2), fused=device.type != "mps")
     d_optimizer = discriminator and torch.optim.AdamW(discriminator.parameters(), lr=config.disc_lr, betas=(config.beta1, config.beta2),
                                                       weight_decay=config.weight_decay)
-    ema_real, ema_fake = torch.zeros(2, device=device)                        # LeCAM's running mean logits
-    first_step = 0
+    lecam_real, lecam_fake = torch.zeros(2, device=device)                    # running mean logits
+    first_step = resumed["step"] if resumed else 0
     if resumed:
         model.load_state_dict(resumed["model"])
         ema.load_state_dict(resumed["ema"])
-        optimizer.load_state_dict(resumed["optimizer"])
-        if discriminator:
+        if first_step > config.total_steps or (resumed["config"]["encoder_lr"] == 0) != frozen:
+            raise UserError(f"{path} cannot go on like this: it is at step {resumed['step']} with --encoder_lr {resumed['config']['encoder_lr']}")
+        optimizer.load_state_dict(resumed["optimizer"] | dict(param_groups=optimizer.state_dict()["param_groups"]))    # rates are this run's
+        if discriminator and resumed["discriminator"]:
             discriminator.load_state_dict(resumed["discriminator"])
             d_optimizer.load_state_dict(resumed["d_optimizer"])
-        ema_real, ema_fake = resumed["lecam"].to(device)
+        lecam_real, lecam_fake = resumed["lecam"].to(device)
         torch.set_rng_state(resumed["rng"])
-        first_step = resumed["step"]
+        del resumed                                                           # it holds as much as model and optimiser
     net, d_net = ranks.run(model), discriminator and ranks.run(discriminator)
     counts = torch.zeros(model_config.codebook_size, device=device)           # how often each code was used since the last log line
 
@@ -466,7 +480,7 @@ def train(config, model_config, ranks):
             save_checkpoint(path, dict(
                 model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step,
                 discriminator=discriminator and discriminator.state_dict(), d_optimizer=d_optimizer and d_optimizer.state_dict(),
-                lecam=torch.stack([ema_real, ema_fake]), rng=torch.get_rng_state(), config=asdict(config), model_config=asdict(model_config)))
+                lecam=torch.stack([lecam_real, lecam_fake]), rng=torch.get_rng_state(), config=asdict(config), model_config=asdict(model_config)))
 
     firsts = (step * config.batch_size + ranks.rank * local for step in range(first_step, config.total_steps))
     positions = (at + i for at in firsts for i in range(local))               # of this rank's images
@@ -475,7 +489,7 @@ def train(config, model_config, ranks):
     bar = tqdm(total=config.total_steps, initial=first_step, desc=f"stage {config.stage}", unit="step", disable=not ranks.first)
     weights = dict(l2=config.l2_weight, perceptual=config.perceptual_weight, quant=1.0, distill=config.distill_weight,
                    adversarial=config.disc_weight)
-    skipped, last_log, warned, val = 0, (first_step, time.time()), False, None
+    skipped, last_log, warned, val, floor = 0, (first_step, time.time()), False, None, min(1.0, config.end_lr / config.lr)
     ranks.catch_stop()
 
     for step in range(first_step, config.total_steps + 1):
@@ -493,53 +507,51 @@ def train(config, model_config, ranks):
 
         # --------------------------------------------------------------------------------------------------------------
         # One training step.
-        factor = lr_factor(step, config.warmup_steps, config.total_steps, config.end_lr / config.lr)
+        factor = lr_factor(step, config.warmup_steps, config.total_steps, floor)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         adversarial = 0 <= config.disc_start <= step
         sums = {}
         for i in range(accumulate):
             batch = next(stream)
-            images = batch["image"].to(device, torch.float64 if config.precision == "float64" else None, non_blocking=True)   # (b, 3, h, w)
+            images = batch["image"].to(device, torch.float64 if config.precision == "float64" else None)   # (b, 3, h, w)
             for line in batch["skipped"]:
                 skipped += 1
                 tqdm.write(f"skipped {line}")
-            quiet = contextlib.nullcontext if ranks.size == 1 or i == accumulate - 1 else net.no_sync   # reduce gradients once
+            alone = ranks.size == 1 or i == accumulate - 1                    # DDP averages gradients in backward: once a step is enough
             amp = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
-            with quiet():
+            with contextlib.nullcontext() if alone else net.no_sync():
                 with amp:
                     X, Z_I, indices, vq_loss = net(images)                    # (b, 3, H, W), (b, N, d), (b, N), ()
-                    X = full(X)
-                    target = resize(images, model_config.output_size)         # (b, 3, H, W)
-                    terms = dict(l2=F.mse_loss(X, target), quant=vq_loss)                                        # eq. 2, 3
-                    if perceptual:
-                        terms["perceptual"] = perceptual(target, X)
-                    if config.distill_weight and not frozen:
-                        with torch.no_grad():
-                            T_X = teacher(images)                             # (b, N, d)
-                        terms["distill"] = distill_loss(Z_I, T_X)                                                # eq. 5
-                    if adversarial:
-                        discriminator.requires_grad_(False)                   # it only judges here
-                        terms["adversarial"] = -full(discriminator(X)).mean()
+                X, target = full(X), resize(images, model_config.output_size)  # (b, 3, H, W) each; losses in float32 from here
+                terms = dict(l2=F.mse_loss(X, target), quant=vq_loss)                                            # eq. 2, 3
+                if perceptual:
+                    terms["perceptual"] = perceptual(target, X)
+                if config.distill_weight and not frozen:
+                    with torch.no_grad(), amp:
+                        T_X = teacher(images)                                 # (b, N, d)
+                    terms["distill"] = distill_loss(Z_I, T_X)                                                    # eq. 5
+                if adversarial:                                               # it only judges here: no gradient of its own, so no DDP
+                    discriminator.requires_grad_(False)
+                    terms["adversarial"] = -discriminator(X).mean()
                 loss = sum(weights[name] * term for name, term in terms.items())                                 # eq. 4, 6
                 (loss / accumulate).backward()
             if adversarial:
                 discriminator.requires_grad_(True)
-                with contextlib.nullcontext() if quiet is contextlib.nullcontext else d_net.no_sync():
-                    with amp:
-                        real, fake = full(d_net(torch.cat([target, X.detach()]))).chunk(2)    # (b, 1, 16, 16) each
+                with contextlib.nullcontext() if alone else d_net.no_sync():
+                    real, fake = d_net(torch.cat([target, X.detach()])).chunk(2)              # (b, 1, 16, 16) each
                     real_mean, fake_mean = ranks.mean_with_grad(real.mean()), ranks.mean_with_grad(fake.mean())
                     terms["discriminator"] = hinge_d_loss(real, fake)
-                    terms["lecam"] = lecam(real_mean, fake_mean, ema_real, ema_fake)
+                    terms["lecam"] = lecam(real_mean, fake_mean, lecam_real, lecam_fake)
                     ((terms["discriminator"] + config.lecam_weight * terms["lecam"]) / accumulate).backward()
-                ema_real, ema_fake = (0.999 * e + 0.001 * m.detach().float() for e, m in ((ema_real, real_mean), (ema_fake, fake_mean)))
+                lecam_real, lecam_fake = (0.999 * e + 0.001 * m.detach().float() for e, m in ((lecam_real, real_mean), (lecam_fake, fake_mean)))
             for name, term in dict(terms, loss=loss).items():
-                sums[name] = sums.get(name, 0) + term.detach() / accumulate
-            if indices is not None:
-                counts += torch.bincount(indices.flatten(), minlength=len(counts))
+                sums[name] = sums.get(name, 0) + full(term.detach()) / accumulate
+            if indices is not None:                                           # bincount would wait for the GPU
+                counts.index_add_(0, indices.flatten(), torch.ones(indices.numel(), device=device))
 
         sums["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        mean = ranks.sum(torch.stack([full(s) for s in sums.values()])) / ranks.size
+        mean = ranks.sum(torch.stack(list(sums.values()))) / ranks.size
         sums = dict(zip(sums, mean.tolist()))                                 # the step's one wait for the GPU
         check_finite(sums, step)
         optimizer.step()
@@ -547,7 +559,7 @@ def train(config, model_config, ranks):
         if adversarial:
             since, span = step - config.disc_start, config.total_steps - config.disc_start
             for group in d_optimizer.param_groups:
-                group["lr"] = config.disc_lr * lr_factor(since, config.warmup_steps, span, config.end_lr / config.lr)
+                group["lr"] = config.disc_lr * lr_factor(since, config.warmup_steps, span, floor)
             nn.utils.clip_grad_norm_(discriminator.parameters(), config.clip)
             d_optimizer.step()
             d_optimizer.zero_grad()
@@ -594,7 +606,8 @@ def finish(config, ema, teacher, val, seconds, skipped):
     print(f"  {'time':24}{seconds / 60:.1f} minutes\n  {'pictures':24}{out / f'recon_stage{config.stage}.png'}\n  {'tokenizer':24}{folder}")
     if skipped:
         print(f"  {'unreadable images':24}{skipped}")
-    scoring = shlex.join(["python", "eval.py", "--data", config.val_data or config.data, "--out_dir", str(out)])
+    scoring = shlex.join(["python", "eval.py", "--data", config.val_data or config.data, "--out_dir", str(out),
+                          *["--part", "val"] * (config.data != "shapes" and not config.val_data)])
     print(f"\nNext: {command(config, ema.config, 2) if config.stage == 1 else scoring}")
 
 def main():
@@ -615,8 +628,7 @@ def main():
     pretrain(config, model_config, ranks, path)
     ranks.say(f"wrote {path}\nNext: {command(config, model_config, 1)}")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The shapes world: 64 x 64 pictures of one to four objects, drawn by the thousand a second. Picture i is a function of i
+# ---- The shapes world: 64 x 64 pictures of one to four objects, drawn by the thousand a second. Picture i is a function of i
 # alone. From VALIDATION on they are for validation, and only there do HELD_OUT pairs of shape and colour appear.
 
 VALIDATION = 1 << 40
@@ -663,7 +675,7 @@ def plan(index, task=None):
     task = (u[:, 0] * len(TASKS)).long() if task is None else torch.full_like(index, task)
     low = torch.tensor([1, 2, 2, 1, 2, 2, 3])[task]                           # objects a task has at least, and how many more
     count = low + (u[:, 1] * torch.tensor([1, 1, 3, 1, 1, 1, 2])[task]).long()
-    shape, color = u[:, 2:8].argsort(1)[:, :4], u[:, 8:16].argsort(1)[:, :4]  # all different,
+    shape, color = u[:, 2:8].argsort(1)[:, :4], u[:, 8:16].argsort(1)[:, :4]  # all different (but for the swap below),
     alike = (task == 2)[:, None]
     shape, color = torch.where(alike, shape[:, :1], shape), torch.where(alike, color[:, :1], color)   # but for counting
     training = (index < VALIDATION)[:, None]

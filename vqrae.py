@@ -60,6 +60,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, constants, hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 from torchvision.models import ConvNeXt_Small_Weights, VGG16_Weights, convnext_small
@@ -109,11 +110,9 @@ MODELS = {
     "tiny": VQRAEConfig(encoder="vit_tiny_patch16_224", encoder_weights="stage0", image_size=64, patch_size=8, dim=128,
                         encoder_kwargs=dict(depth=3, num_heads=2, class_token=False),
                         codebook_size=1024, codebook_dim=192),
-    # Ours, for one 24 GB GPU.
-    "siglip2_base_256": VQRAEConfig(encoder="vit_base_patch16_siglip_256.v2_webli", dim=768,
+    "siglip2_base_256": VQRAEConfig(encoder="vit_base_patch16_siglip_256.v2_webli", dim=768,      # ours, for one 24 GB GPU
                                     encoder_kwargs=dict(act_layer="gelu_tanh")),  # as it was trained; timm's default is the exact GELU
-    # The paper's three, Table 7.
-    "siglip2_256": VQRAEConfig(),
+    "siglip2_256": VQRAEConfig(),                                                 # from here the paper's three, Table 7
     "siglip2_512": VQRAEConfig(encoder="vit_so400m_patch16_siglip_512.v2_webli", image_size=512),
     "internvit_448": VQRAEConfig(encoder="vit_intern300m_patch14_448.ogvl_2pt5", image_size=448, patch_size=14, dim=1024),
 }
@@ -175,10 +174,8 @@ def to_timm_keys(state):
 def hub_file(repo, name, remedy="pass --encoder_weights FILE"):
     """A file of a hub repository: from the cache, else downloaded. Says within seconds when there is no network, where
     the hub's own retries would take a minute."""
-    try:
+    with contextlib.suppress(LocalEntryNotFoundError):
         return hf_hub_download(repo, name, local_files_only=True)
-    except LocalEntryNotFoundError:
-        pass
     url = f"{constants.ENDPOINT}/{repo}/resolve/main/{name}"
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=3).close()
@@ -191,12 +188,15 @@ def load_encoder_weights(encoder, source):
     leaves a ViT that looks fine and is not. Only the pooling head and the norm past the tap are dropped."""
     if source == "random":
         return
-    path = source
-    if source == "hub":
-        path = hub_file(encoder.vit.pretrained_cfg["hf_hub_id"], "model.safetensors")
+    path, repo = source, encoder.vit.pretrained_cfg.get("hf_hub_id")
+    if source == "hub" and repo:
+        path = hub_file(repo, "model.safetensors")
     if not Path(path).is_file():
-        raise UserError(f"no file {path}: --encoder_weights takes hub, random, or a .safetensors or .pt file")
-    state = load_file(path) if str(path).endswith(".safetensors") else load_checkpoint(path)
+        raise UserError(f"no file {path}: --encoder_weights takes hub (where timm has the weights there), random, or a .safetensors or .pt file")
+    try:
+        state = load_file(path) if str(path).endswith(".safetensors") else load_checkpoint(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
     state = {key: value for key, value in to_timm_keys(state.get("encoder", state)).items()
              if not key.startswith(("attn_pool.", "head.", "norm.", "fc_norm."))}
     vit = encoder.vit
@@ -403,9 +403,6 @@ class PerceptualLoss(nn.Module):
                 self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1))
         self.requires_grad_(False).eval()
 
-    def train(self, mode=True):
-        return super().train(False)                                           # always in eval mode
-
     def logits(self, x):                                                      # (B, 3, H, W) -> (B, 1000)
         x = F.interpolate(x, size=224, mode="bilinear", antialias=True, align_corners=False)
         return self.convnext((x - self.mean) / self.std)
@@ -454,7 +451,7 @@ def hinge_d_loss(real_logits, fake_logits):
     return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
 
 def lecam(real_mean, fake_mean, ema_real, ema_fake):
-    """LeCAM (Tseng et al. 2021) as in TiTok: pull the mean logits of the whole (global) batch towards the running mean of
+    """LeCAM (Tseng et al. 2021) as in TiTok: pull the mean logits of a (micro-)batch over all ranks towards the running mean of
     the other side, so that the discriminator does not run away. All scalars."""
     return F.relu(real_mean - ema_fake).square() + F.relu(ema_real - fake_mean).square()
 
@@ -486,7 +483,7 @@ def load_tokenizer(folder, device="cpu"):
     try:
         with contextlib.redirect_stdout(io.StringIO()):                       # the mixin announces what it does
             return VQRAE.from_pretrained(str(folder), strict=True).to(device).eval()
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:                                                # each kind of damage raises its own
         raise UserError(f"{folder} cannot be read as a tokenizer: " + " ".join(str(error).split())[:300]) from error
 
 def load_teacher(folder, config):
@@ -615,8 +612,8 @@ class Ranks:
         return dist_nn.all_reduce(tensor) / self.size if self.size > 1 else tensor
 
     def stopping(self):
-        """Was a SIGTERM seen by any rank? All of them agree, so that all save the same step."""
-        return bool(self.sum(torch.tensor(float(self.stop_asked), device=self.device)))
+        """Was a stop asked of any rank? All of them agree, so that all save the same step."""
+        return self.stop_asked if self.size == 1 else bool(self.sum(torch.tensor(float(self.stop_asked))))
 
     def wait(self):
         if self.size > 1:
@@ -659,13 +656,14 @@ def split_batch(config, ranks):
 
 def resume_command():
     """The command that goes on where this one stopped."""
-    return shlex.join(["python", *[word for word in sys.argv if word not in ("--overwrite", "--resume")], "--resume"])
+    launch = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"] if "RANK" in os.environ else ["python"]
+    return shlex.join([*launch, *[word for word in sys.argv if word not in ("--overwrite", "--resume")], "--resume"])
 
 def check_finite(losses, step):
-    """{name: value}: stop at the first loss that is NaN or infinite, by name."""
+    """{name: value}: stop at the first that is NaN or infinite, by name."""
     for name, value in losses.items():
         if not math.isfinite(value):
-            raise UserError(f"the {name} loss is {value} at step {step}: stopped, the last checkpoint is whole. "
+            raise UserError(f"{name} is {value} at step {step}: stopped, the last checkpoint is whole. "
                             f"Try a lower --lr, a longer --warmup_steps, or --precision float32, then --resume")
 
 def command_line(main):
@@ -674,6 +672,8 @@ def command_line(main):
         main()
     except (UserError, OSError) as error:
         text = f"error: {error}"
+    except torch.OutOfMemoryError as error:
+        text = f"error: out of GPU memory, try a smaller --micro_batch or --batch_size: {str(error).splitlines()[0][:90]}"
     except KeyboardInterrupt:
         text = "interrupted: what was written before is whole"
     else:

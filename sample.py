@@ -1,0 +1,268 @@
+"""
+Draw pictures for captions: text -> codes -> pixels, with a generator that train_ar.py made.
+
+    python sample.py --prompt "a red circle left of a blue square"            -> out/tiny/samples/
+    python sample.py --prompts FILE --num_images 4 --guidance 3 --seed 1      one caption a line
+    python sample.py --geneval evaluation_metadata.jsonl --out DIR            the folders GenEval's scorer reads
+    python sample.py --dpg dpg_bench/prompts --out DIR                        the 2 x 2 grids DPG-Bench's scorer reads
+    torchrun --nproc_per_node=8 sample.py ...                                 the ranks share the work
+
+--geneval and --dpg go on where they stopped: a picture that is there is not made again, so give other settings another --out.
+A picture depends on its caption, --seed and its number among the caption's pictures, and on nothing else: not on batch size,
+rank or the other captions (float32, CPU).
+
+In reading order: configuration, generate, what to draw, main.
+"""
+import functools
+import json
+import os
+import re
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torchvision.transforms.v2 import functional as TF
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
+from transformers import StaticCache
+
+from train_ar import layout, load_generator, positions_of, visual_logits
+from vqrae import Ranks, UserError, command_line, full, parse_config, print_config
+
+@dataclass
+class SampleConfig:
+    config: Literal["tiny", "siglip2_base_256", "siglip2_256", "siglip2_512", "internvit_448"] = "tiny"  # whose presets and run folder
+    out_dir: str = ""                     # the run's folder; "": out/CONFIG
+    tokenizer: str = ""                   # folder of the VQRAE tokenizer; "": out_dir/tokenizer
+    device: str = ""                      # cuda, mps or cpu; "": the first of them that is there
+    precision: Literal["bf16", "float32"] = "bf16"  # of the language model; the tokenizer stays float32
+    compile: bool = True                  # on a GPU: a cache of fixed size and torch.compile
+    # what to draw, and where
+    prompt: list = None                   # a caption; may be given several times
+    prompts: str = ""                     # a file of captions, one a line
+    geneval: str = ""                     # GenEval's evaluation_metadata.jsonl
+    dpg: str = ""                         # DPG-Bench's folder of .txt prompts
+    out: str = ""                         # folder for the pictures; "": out_dir/samples, out_dir/geneval or out_dir/dpg
+    num_images: int = 0                   # pictures a caption; 0: one, but four for --geneval and --dpg
+    resolution: int = 0                   # pixels a side of a picture; 0: as the tokenizer makes it
+    # how
+    guidance: float = 7.5                 # [LlamaGen] s in u + s (c - u); 1: none
+    temperature: float = 1.0              # [LlamaGen] 0: always the likeliest code
+    top_k: int = 1000                     # [LlamaGen] draw among the k likeliest codes; 0: all
+    top_p: float = 1.0                    # [LlamaGen] draw among the likeliest codes that hold this share of the probability
+    seed: int = 0                         # of a caption's first picture; the next has seed + 1
+    batch_size: int = 64                  # pictures at a time
+
+    def __post_init__(self):
+        self.out_dir = self.out_dir or f"out/{self.config}"
+        if sum(map(bool, (self.prompt or self.prompts, self.geneval, self.dpg))) != 1:
+            raise UserError('nothing to draw, or too much: give --prompt "a red circle" (repeatable) and --prompts FILE, or --geneval FILE, or --dpg DIR')
+        if self.batch_size < 1 or self.num_images < 0 or self.resolution < 0:
+            raise UserError("--batch_size is at least 1, --num_images and --resolution at least 0")
+        if self.dpg and self.num_images not in (0, 4):
+            raise UserError("--dpg makes four pictures a prompt, as its scorer's --pic-num 4 wants: leave --num_images out")
+        check_options(self.guidance, self.temperature, self.top_k, self.top_p)
+
+PRESETS = {"tiny": dict(precision="float32", guidance=3.0, top_k=0)}                                                                 # [ours]
+
+def check_options(guidance, temperature, top_k, top_p):
+    for name, value, fits, allowed in (("guidance", guidance, 0 <= guidance < 100, "from 0 to 100; 1 is no guidance"),
+                                       ("temperature", temperature, 0 <= temperature < 100, "from 0 to 100; 0 takes the likeliest code"),
+                                       ("top_k", top_k, top_k >= 0, "at least 0; 0 is all codes"),
+                                       ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1; 1 is all codes")):
+        if not fits:
+            raise UserError(f"--{name} {value} is out of range: {allowed}")
+
+# ---- Text -> codes --------------------------------------------------------------------------------------------------
+
+def choose(logits, u, temperature, top_k, top_p):
+    """Logits (B, k) and one uniform number each (B,) -> codes (B,), by inverting the distribution function: a rounding error
+    in the logits then changes a draw as rarely as can be."""
+    if temperature == 0:
+        return logits.argmax(1)
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
+    p = logits.softmax(1)                                                     # (B, k)
+    if top_p < 1:
+        ordered, index = p.sort(1, descending=True)
+        p = p.masked_fill((ordered.cumsum(1) - ordered >= top_p).gather(1, index.argsort(1)), 0)   # enough without them
+    below = p.cumsum(1)
+    return torch.searchsorted(below, u[:, None] * below[:, -1:], right=True)[:, 0].clamp(max=p.shape[1] - 1)
+
+class GrowingCache:
+    """Keys and values of what was read, in one allocation of `length` columns of which attention is given the filled ones.
+    transformers' DynamicCache copies everything at each token instead: 80% of the time at 64 pictures on a CPU."""
+
+    def __init__(self, length):
+        self.length, self.layers = length, {}                                 # layer -> [keys, values, columns filled]
+
+    def update(self, key, value, layer, *_):                                  # (R, heads, L, head_dim) each, from attention
+        if layer not in self.layers:
+            self.layers[layer] = [x.new_empty(*x.shape[:2], self.length, x.shape[3]) for x in (key, value)] + [0]
+        keys, values, start = self.layers[layer]
+        end = self.layers[layer][2] = start + key.shape[2]
+        keys[:, :, start:end], values[:, :, start:end] = key, value
+        return keys[:, :, :end], values[:, :, :end]
+
+def step(lm, ids, positions, allowed, cache):
+    """Read ids (R, L) after what `cache` holds -> logits of the next code (R, k). allowed: (R, 1, L, cache's length) bool."""
+    x = lm.model(ids, attention_mask=dict(full_attention=allowed), position_ids=positions, past_key_values=cache, use_cache=True)
+    return full(visual_logits(lm, x.last_hidden_state[:, -1]))
+
+@functools.lru_cache(maxsize=1)                   # a StaticCache takes its size at first use: another size, another cache
+def static_step(lm, rows, length):
+    return StaticCache(config=lm.config, max_cache_len=length), torch.compile(step, mode="reduce-overhead", fullgraph=True)
+
+@torch.no_grad()
+def generate(lm, text_tokenizer, prompts, seeds, guidance=1.0, temperature=1.0, top_k=0, top_p=1.0, width=0, compiled=False, bar=None):
+    """B captions and B seeds -> codes (B, N) int64. "" is the unconditional prompt. See SampleConfig for the options' ranges.
+
+    width: columns for the captions, if more than the longest needs (equal shapes spare compilations). compiled: a static
+    cache and torch.compile, worth it on a GPU. bar: a tqdm, that counts codes. Raises UserError on an option out of range."""
+    check_options(guidance, temperature, top_k, top_p)
+    visual, device, B = lm.config.visual, lm.device, len(prompts)
+    N, guided = visual["tokens"], guidance != 1
+    chance = torch.stack([torch.rand(N, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(device)   # (B, N): all there is
+    ids, mask = layout(text_tokenizer, visual, [*prompts, *[""] * B] if guided else list(prompts), width=width)
+    ids, mask = ids.to(device), mask.to(device)                               # (R, T), R = 2 B when guided: c above u
+    R, T = ids.shape
+    length = T + N - 1                                                        # the last code is drawn, not read
+    at = torch.arange(length, device=device)
+    seen = torch.cat([mask.bool(), torch.ones(R, N - 1, dtype=torch.bool, device=device)], 1)           # (R, length)
+    allowed = (seen[:, None, None] & (at <= at[:T, None])) | (at == at[:T, None])     # (R, 1, T, length); padding sees itself, or it were NaN
+    positions = positions_of(mask)                                            # (R, T)
+    cache, run = static_step(lm, R, length) if compiled else (GrowingCache(length), step)
+    if compiled:
+        cache.reset()
+    codes = []
+    for n in range(N):
+        until = length if compiled else T + n
+        logits = (step if n == 0 else run)(lm, ids, positions, allowed[..., :until], cache)             # (R, k)
+        if guided:
+            c, u = logits.chunk(2)
+            logits = u + guidance * (c - u)                                   # (B, k)
+        codes.append(choose(logits, chance[:, n], temperature, top_k, top_p))
+        ids = (codes[-1] + visual["offset"]).repeat(R // B)[:, None]          # (R, 1)
+        positions = positions[:, -1:] + 1
+        allowed = (seen & (at <= T + n))[:, None, None]                       # (R, 1, 1, length)
+        if bar is not None:
+            bar.update(B)
+    return torch.stack(codes, 1)                                              # (B, N)
+
+# ---- What to draw ---------------------------------------------------------------------------------------------------
+
+class Job(NamedTuple):
+    prompt: str
+    seeds: list                 # one a picture
+    path: Path                  # the file they go to: one picture, or a grid of four
+    where: str                  # "prompt 3", for messages
+
+def read_jobs(config):
+    """-> out folder, jobs, and the {path: text} that goes beside the pictures."""
+    each = config.num_images or (4 if config.geneval or config.dpg else 1)
+    seeds = lambda prompt: [zlib.crc32(f"{config.seed + j} {prompt}".encode()) for j in range(each)]     # no two captions share chance
+    jobs, beside = [], {}
+    if config.geneval:                            # OUT/00003/metadata.jsonl, OUT/00003/samples/00000.png, ...
+        out = Path(config.out or f"{config.out_dir}/geneval")
+        for i, line in enumerate(Path(config.geneval).read_text("utf-8", "replace").splitlines()):
+            try:
+                prompt = json.loads(line)["prompt"].strip()
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(f"{config.geneval}, line {i + 1}: not JSON with a prompt: {line[:60]!r}; mend or remove that line") from None
+            folder, where = out / f"{i:05d}", f"{config.geneval}, line {i + 1}"
+            beside[folder / "metadata.jsonl"] = line + "\n"
+            jobs += [Job(prompt, [seed], folder / "samples" / f"{j:05d}.png", where) for j, seed in enumerate(seeds(prompt))]
+    elif config.dpg:                              # OUT/NAME.png, four pictures in two rows
+        out = Path(config.out or f"{config.out_dir}/dpg")
+        for file in sorted(Path(config.dpg).glob("*.txt")):
+            prompt = " ".join(Path(file).read_text("utf-8", "replace").splitlines()).strip()
+            jobs.append(Job(prompt, seeds(prompt), out / f"{file.stem}.png", str(file)))
+        if not jobs:
+            raise UserError(f"--dpg {config.dpg}: no folder with .txt prompts (DPG-Bench's dpg_bench/prompts)")
+    else:
+        out = Path(config.out or f"{config.out_dir}/samples")
+        lines = enumerate(Path(config.prompts).read_text("utf-8", "replace").splitlines() if config.prompts else [], 1)
+        prompts = [(p.strip(), f"--prompt {p[:40]!r}") for p in config.prompt or []]
+        prompts += [(line.strip(), f"{config.prompts}, line {i}") for i, line in lines if line.strip()]
+        if not prompts:
+            raise UserError(f"--prompts {config.prompts}: no caption in it; write one a line")
+        for prompt, where in prompts:
+            name = re.sub(r"\W+", "-", prompt)[:60].strip("-") + (f"-{zlib.crc32(prompt.encode()):08x}" if len(prompt) > 60 else "")
+            jobs += [Job(prompt, [seed], out / f"{name}-{config.seed + j}.png", where) for j, seed in enumerate(seeds(prompt))]
+    return out, jobs, beside
+
+def check_prompts(jobs, text_tokenizer, visual):
+    room = visual["max_length"] - visual["tokens"] - 2
+    known = sorted(word for word in text_tokenizer.get_vocab() if not word.startswith("<"))
+    for prompt, where in {job.prompt: job.where for job in jobs}.items():
+        ids = text_tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+        if not ids.input_ids:
+            raise UserError(f"{where} is empty: say what to draw")
+        if len(ids.input_ids) > room:
+            raise UserError(f"{where} has {len(ids.input_ids)} tokens, and this generator was made for at most {room}: shorten it, "
+                            f"or train with a larger --max_length than {visual['max_length']}")
+        unknown = [prompt[a:b] for i, (a, b) in zip(ids.input_ids, ids.offset_mapping) if i == text_tokenizer.unk_token_id]
+        if unknown and text_tokenizer.unk_token_id is not None:
+            raise UserError(f"{where}: this generator never learned the word {unknown[0]!r}; it knows {len(known)}: {' '.join(known[:60])}"
+                            + " ..." * (len(known) > 60))
+
+def save_picture(images, path):
+    """(1, 3, H, W), or (4, 3, H, W) as a 2 x 2 grid without gaps; the whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.partial.png")
+    save_image(make_grid(images, nrow=2, padding=0), partial)
+    os.replace(partial, path)
+
+def main():
+    config, _, origin = parse_config(SampleConfig, PRESETS, lambda values: [values["config"]])
+    ranks = Ranks(config.device)
+    if ranks.first:
+        print_config(origin, config)
+    out, jobs, beside = read_jobs(config)
+    lm, text_tokenizer, tokenizer = load_generator(config.out_dir, config.tokenizer, ranks.device,
+                                                   torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    visual = lm.config.visual
+    check_prompts(jobs, text_tokenizer, visual)
+    if ranks.first:
+        out.mkdir(parents=True, exist_ok=True)
+        for path, text in beside.items():
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+    ranks.wait()
+
+    compiled = config.compile and ranks.device.type == "cuda"
+    width = max(len(ids) for ids in text_tokenizer([job.prompt for job in jobs], add_special_tokens=False).input_ids) if compiled else 0
+    todo = [job for job in jobs if not ((config.geneval or config.dpg) and job.path.exists())]
+    ranks.say(f"{len(jobs)} pictures or grids in {out}, {len(jobs) - len(todo)} of them there already")
+    todo = [(job, seed) for job in todo[ranks.rank::ranks.size] for seed in job.seeds]
+    bar = tqdm(total=len(todo) * visual["tokens"], desc="sampling", unit="code", disable=not ranks.first)
+    pending, shown = {}, []                       # pictures that wait for the others of their file; the first 64, for a grid
+    for start in range(0, len(todo), config.batch_size):
+        part = todo[start:start + config.batch_size]
+        fill = (part * config.batch_size)[:config.batch_size] if compiled else part   # a compiled step has one batch size
+        codes = generate(lm, text_tokenizer, [job.prompt for job, _ in fill], [seed for _, seed in fill], config.guidance,
+                         config.temperature, config.top_k, config.top_p, width, compiled, bar)[:len(part)]
+        images = full(tokenizer.detokenize(codes)).clamp(0, 1)                # (b, 3, H, W)
+        if config.resolution:
+            images = TF.resize(images, [config.resolution] * 2, TF.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+        for (job, _), image in zip(part, images.cpu()):
+            pending.setdefault(job.path, []).append(image)
+            if len(pending[job.path]) == len(job.seeds):
+                save_picture(torch.stack(pending.pop(job.path)), job.path)
+            if len(shown) < 64:
+                shown.append(image)
+    bar.close()
+    if ranks.first and config.dpg:
+        print(f"\nNext, in DPG-Bench's repository: compute_dpg_bench.py --image-root-path {out} --pic-num 4 "
+              f"--resolution {config.resolution or tokenizer.config.output_size}")
+    elif ranks.first and config.geneval:
+        print(f"\nNext, in GenEval's repository: evaluation/evaluate_images.py {out} --outfile results.jsonl")
+    elif ranks.first:
+        save_image(make_grid(shown, nrow=8), out / "grid.png")
+        print(f"\n{len(jobs)} pictures in {out}; the first {len(shown)} together in {out / 'grid.png'}")
+
+if __name__ == "__main__":
+    command_line(main)
