@@ -590,13 +590,13 @@ def straightforward_simvq(vq, z):
 
 
 def simvq_cost(which, n):
-    """Seconds of the best of three forwards and backwards, MB of memory beyond what was there before, the matmul's GFLOP/s."""
+    """Seconds of the best of five forwards and backwards, MB of memory beyond what was there before, the matmul's GFLOP/s."""
     import resource
     vq, z = SimVQ(16384, 1536), torch.randn(1, n, 1536, requires_grad=True)
     step = vq if which == "ours" else lambda z: straightforward_simvq(vq, z)
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     before, seconds, rates = peak(), [], []
-    for _ in range(3):
+    for _ in range(5):
         start = time.time()
         z_q, _, loss = step(z)
         (z_q.sum() + loss).backward()

@@ -603,9 +603,8 @@ def finish(config, ema, teacher, val, seconds, skipped):
     print(f"\n  {'stage':24}{config.stage}\n  {'validation PSNR':24}{val[0]:.2f} dB")
     if ema.quantizer:
         print(f"  {'validation codebook use':24}{val[1]:.1%} of {ema.config.codebook_size} codes")
-    print(f"  {'time':24}{seconds / 60:.1f} minutes\n  {'pictures':24}{out / f'recon_stage{config.stage}.png'}\n  {'tokenizer':24}{folder}")
-    if skipped:
-        print(f"  {'unreadable images':24}{skipped}")
+    print(f"  {'time':24}{seconds / 60:.1f} minutes\n  {'pictures':24}{out / f'recon_stage{config.stage}.png'}\n  {'tokenizer':24}{folder}"
+          + f"\n  {'unreadable images':24}{skipped}" * (skipped > 0))
     scoring = shlex.join(["python", "eval.py", "--data", config.val_data or config.data, "--out_dir", str(out),
                           *["--part", "val"] * (config.data != "shapes" and not config.val_data)])
     print(f"\nNext: {command(config, ema.config, 2) if config.stage == 1 else scoring}")

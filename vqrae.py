@@ -531,10 +531,9 @@ def parse_config(cls, presets, order, model_class=None, models=None, argv=None):
     fields = {f.name: f for c in classes for f in dataclasses.fields(c)}
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", "".join(inspect.getsource(c) for c in classes), re.M))
     parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS, prog=Path(sys.argv[0]).name)
-
-    def refuse(message):
+    def refuse(message):                                                      # one line instead of a page of usage
         raise UserError(f"{message} (--help lists every flag)")
-    parser.error = refuse                                                     # one line instead of a page of usage
+    parser.error = refuse
     for f in fields.values():
         how = dict(type=f.type)
         if f.type is bool:
