@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import struct
 import subprocess
@@ -24,6 +25,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 import eval as evaluation
+import sample
+import train_ar
 import train_tokenizer as tt
 import vqrae
 from vqrae import MODELS, VQRAE, Decoder, Discriminator, Encoder, PerceptualLoss, SimVQ, UserError, VQRAEConfig
@@ -337,8 +340,8 @@ def test_flags_win_and_origins_are_told():
 
 
 def test_every_field_is_read_somewhere():
-    source = "".join((HERE / name).read_text() for name in ("vqrae.py", "train_tokenizer.py", "eval.py"))
-    for cls in (tt.TrainConfig, VQRAEConfig, evaluation.EvalConfig):
+    source = "".join((HERE / name).read_text() for name in ("vqrae.py", "train_tokenizer.py", "eval.py", "train_ar.py", "sample.py"))
+    for cls in (tt.TrainConfig, VQRAEConfig, evaluation.EvalConfig, train_ar.ARConfig, sample.SampleConfig):
         for f in fields(cls):
             assert re.search(rf"\bconfig\.{f.name}\b", source), f"nothing reads {cls.__name__}.{f.name}"
 
@@ -660,8 +663,8 @@ def test_knn_and_probe_on_a_case_with_a_known_answer():
 # The scripts as a user runs them
 
 WEE = ["--image_size", "32", "--dim", "32", "--encoder_kwargs", '{"depth": 2, "num_heads": 2, "class_token": false}', "--codebook_size", "24",
-       "--codebook_dim", "40", "--stage0_steps", "3", "--batch_size", "4", "--log_every", "1", "--eval_every", "3", "--save_every", "2",
-       "--val_images", "8", "--device", "cpu", "--total_steps", "6"]
+       "--codebook_dim", "40", "--stage0_steps", "3", "--batch_size", "4", "--device", "cpu",
+       "--log_every", "1", "--eval_every", "3", "--save_every", "2", "--val_images", "8", "--total_steps", "6"]
 
 
 def run(*argv, ranks=0, fails=False, env=None, **kwargs):
@@ -685,7 +688,9 @@ def losses(path):
 def trained(tmp_path_factory):
     """Stages 0, 1 and 2, a few steps each, with adversarial term from step 3 on."""
     out = tmp_path_factory.mktemp("run")
-    said = [run("train_tokenizer.py", *WEE, "--out_dir", out), run("train_tokenizer.py", *WEE, "--out_dir", out, "--stage", 2, "--disc_start", 3)]
+    first = run("train_tokenizer.py", *WEE, "--out_dir", out)
+    command = shlex.split(re.search(r"^Next: python (.*)$", first, re.M)[1])  # as it was told, model flags and all
+    said = [first, run(*command, *WEE[-10:], "--disc_start", 3)]
     return out, said
 
 
@@ -698,7 +703,7 @@ def test_both_stages_leave_what_they_promise(trained):
         assert any("val_psnr" in row for row in rows)
         assert (out / f"tokenizer-stage{stage}" / "teacher.safetensors").exists()
     assert (out / "tokenizer").resolve() == out / "tokenizer-stage2"
-    assert "--stage 2 --out_dir" in said[0] and "python eval.py --data shapes --out_dir" in said[1] and "validation PSNR" in said[0]
+    assert "--stage 2" in said[0] and "python eval.py --data shapes --out_dir" in said[1] and "validation PSNR" in said[0]
     assert {"discriminator", "lecam", "adversarial"} <= json.loads((out / "log_stage2.jsonl").read_text().splitlines()[-2]).keys()
 
 
@@ -784,6 +789,46 @@ def test_folder_of_images_both_baselines(folder, tmp_path):
     x, y = results[f"{tmp_path}/x/tokenizer"], results[f"{tmp_path}/y/tokenizer"]
     assert x["codebook_usage"] is None and 0 < y["codebook_usage"] <= 1 and x["num_images"] == 25
     assert set(y["knn_top1"]) == {"teacher", "features", "tokens"} and set(x["knn_top1"]) == {"teacher", "features"}
+
+
+def test_generator_end_to_end(trained):
+    """Train, resume and sample as a user does; then: one picture a seed whatever the batch, and greedy equal to transformers' generate."""
+    out, _ = trained
+    flags = ["train_ar.py", "--out_dir", out, "--batch_size", 4, "--log_every", 1, "--eval_every", 3, "--save_every", 3, "--val_images", 8, "--device", "cpu"]
+    run(*flags, "--total_steps", 6)
+    run(*flags, "--total_steps", 9, "--resume")
+    rows = [json.loads(line) for line in (out / "log_ar.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 10)) and math.isfinite(rows[-1]["val_loss"])
+    run("sample.py", "--out_dir", out, "--prompt", "a red circle left of a blue square", "--prompt", "four stars", "--device", "cpu")
+    assert Image.open(out / "samples" / "four-stars-0.png").size == (32, 32)
+    assert "never learned the word" in run("sample.py", "--out_dir", out, "--prompt", "a mauve circle", fails=True)
+
+    lm, text_tokenizer, tokenizer = train_ar.load_generator(out)
+    prompts, options = ["a red circle left of a blue square", "four stars", "a ring"], dict(guidance=2.0, temperature=0.8, top_k=20, top_p=0.95)
+    together = sample.generate(lm, text_tokenizer, prompts, [1, 2, 3], **options)
+    alone = [sample.generate(lm, text_tokenizer, [prompt], [seed], **options) for seed, prompt in enumerate(prompts, 1)]
+    assert torch.equal(together, torch.cat(alone)) and together.shape == (3, 16) and 0 <= together.min() and together.max() < 24
+    ids, mask = train_ar.layout(text_tokenizer, lm.config.visual, prompts)
+    offset = lm.config.visual["offset"]
+    want = lm.generate(input_ids=ids, attention_mask=mask, max_new_tokens=16, do_sample=False, suppress_tokens=list(range(offset)))[:, -16:] - offset
+    assert torch.equal(sample.generate(lm, text_tokenizer, prompts, [0, 0, 0], temperature=0), want)
+    assert tokenizer.detokenize(together).shape == (3, 3, 32, 32)
+
+
+def test_the_layout_scores_pictures_alone():
+    visual = dict(boi=6, eoi=7, offset=10, tokens=16, max_length=40, codes=24)
+
+    class Words:                                                              # a text tokenizer of letters
+        def __call__(self, texts, **_):
+            return type("Ids", (), dict(input_ids=[[ord(c) % 6 for c in text] for text in texts]))
+    codes = torch.randint(24, (2, 16))
+    ids, mask = train_ar.layout(Words(), visual, ["abc", ""], codes)
+    assert ids.shape == (2, 3 + 1 + 16 + 1) and mask.tolist()[1][:3] == [0, 0, 0] and mask[0].all()
+    assert ids[1, 3] == 6 and ids[0, -1] == 7 and torch.equal(ids[:, 4:-1], codes + 10)
+    assert train_ar.positions_of(mask)[1, 3] == 0 and train_ar.positions_of(mask)[0, 3] == 3
+    logits = torch.randn(2, 16, 24, requires_grad=True)
+    loss = train_ar.picture_loss(lambda ids, mask: logits, ids, mask, visual)
+    torch.testing.assert_close(loss, F.cross_entropy(logits.reshape(-1, 24), codes.flatten()))
 
 
 def test_eval_writes_the_fixed_keys_and_two_ranks_agree(trained):

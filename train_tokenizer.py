@@ -424,7 +424,7 @@ def command(config, model_config, stage):
     """The shell command of `stage` of this run, for messages."""
     kept = "config data val_data out_dir device precision seed batch_size micro_batch num_workers perceptual lpips_weights convnext_weights"
     given = {word.split("=")[0].removeprefix("--") for word in sys.argv}
-    here = {name: getattr(config, name) for name in kept.split() if name in given} | dict(stage=stage) * (stage != 1)
+    here = {name: getattr(config, name) for name in kept.split() if name in given} | ({} if stage == 1 else dict(stage=stage))
     here |= {name: value for name, value in asdict(model_config).items() if value != getattr(MODELS[config.config], name)}
     flags = [(f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)) for name, value in here.items()]
     return shlex.join(["python", "train_tokenizer.py", *itertools.chain(*flags)])
