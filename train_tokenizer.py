@@ -317,7 +317,7 @@ class Pretrainer(nn.Module):
         return losses
 
 def pretrain(config, model_config, ranks, path):
-    """Stage 0 -> `path`. Always on shapes: see README, "Stage 0 on your own images"."""
+    """Stage 0 -> `path`. Always on shapes: see README, "Stage 0 and your own images"."""
     if ranks.first:
         torch.manual_seed(config.seed)
         encoder = Encoder(model_config)
@@ -388,7 +388,7 @@ def check_same_model(saved, model_config, path):
 
 @torch.no_grad()
 def start_codebook(model, config, dataset, ranks):
-    """Start the codes on this data's own latents, drawn by rank 0 for all. Measured: README, "Codebook start"."""
+    """Start the codes on this data's own latents, drawn by rank 0 for all. Measured: README, "codebook start"."""
     model.to(ranks.device)
     if ranks.first:
         size, rows, want = model.config.image_size, [], 16 * model.config.codebook_size

@@ -274,7 +274,7 @@ class SimVQ(nn.Module):
 
     @torch.no_grad()
     def init_codebook(self, latents, iterations=5):
-        """Start the codes on the data: C = k means of latents Z_c (M, e), M >= k, and W = I. See README, "Codebook start"."""
+        """Start the codes on the data: C = k means of latents Z_c (M, e), M >= k, and W = I. Measured: README, "codebook start"."""
         k = len(self.codebook)
         assert len(latents) >= k, "fewer latents than codes"
         spare = lambda: latents[torch.randperm(len(latents), device=latents.device)[:k]]
