@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from train_tokenizer import ATLAS, EXTENT, PALETTE, SHAPES, SIDE, VALIDATION, WINDOW, Images, batches, masks, plan, render, resize
+from train_tokenizer import ATLAS, EXTENT, HELD_OUT, PALETTE, SHAPES, SIDE, VALIDATION, WINDOW, Images, batches, masks, plan, render, resize
 from vqrae import Ranks, UserError, build_lpips, command_line, load_teacher, load_tokenizer, parse_config, psnr
 
 @dataclass
@@ -266,7 +266,7 @@ def check_shapes(model, config, ranks):
         images = model(resize(batch["image"], model.config.image_size).to(ranks.device)).reconstruction.clamp(0, 1)
         originals.append(objects_right(batch["image"], scene)[there])
         rebuilt.append(objects_right(resize(images.cpu(), SIDE), scene)[there])
-        held_out.append(((scene.shape + 3) % 8 == scene.color)[there])
+        held_out.append(HELD_OUT[scene.shape, scene.color][there])
     originals, rebuilt, held_out = (torch.cat(x).float() for x in (originals, rebuilt, held_out))
     return dict(objects_right=rebuilt.mean().item(), objects_right_originals=originals.mean().item(),
                 objects_right_held_out=((rebuilt * held_out).sum() / held_out.sum()).item())

@@ -636,7 +636,7 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLORS = {"red": (0.86, 0.16, 0.16), "orange": (0.98, 0.56, 0.10), "yellow": (0.98, 0.88, 0.20), "green": (0.20, 0.65, 0.25),
           "cyan": (0.20, 0.80, 0.85), "blue": (0.16, 0.32, 0.86), "purple": (0.55, 0.20, 0.72), "pink": (0.98, 0.50, 0.75)}
 PALETTE = torch.tensor(list(COLORS.values()))
-HELD_OUT = tuple((shape, (shape + 3) % 8) for shape in range(6))              # green circle, cyan square, blue triangle, ...
+HELD_OUT = (torch.arange(6)[:, None] + 3) % 8 == torch.arange(8)              # (shape, color): green circle, cyan square, ...
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr", "scene")    # GenEval's six, and one more
 RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = ("one", "two", "three", "four")
@@ -678,7 +678,7 @@ def plan(index, task=None):
     alike = (task == 2)[:, None]
     shape, color = torch.where(alike, shape[:, :1], shape), torch.where(alike, color[:, :1], color)   # but for counting
     training = (index < VALIDATION)[:, None]
-    color = torch.where(training & (color == (shape + 3) % 8), (color + 1) % 8, color)                # no HELD_OUT pair
+    color = torch.where(training & HELD_OUT[shape, color], (color + 1) % 8, color)                # no HELD_OUT pair
     relation = (u[:, 1] * 4).long()
     cells = u[:, 16:20].argsort(1)                                            # quadrants: 0 1 over 2 3
     pairs = torch.tensor([[0, 1], [1, 0], [0, 2], [2, 0], [2, 3], [3, 2], [1, 3], [3, 1]])            # first, second by relation
