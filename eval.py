@@ -5,29 +5,33 @@ How good is a tokenizer? Every number with its protocol.
     python eval.py A B ... --data FOLDER               several side by side, as a Markdown table
 
     ... --data FOLDER --part val                       the images that training without --val_data held out
+    python eval.py --generation                        pictures that train_ar.py's generator draws on demand -> geneval in eval.json
 
-In reading order: metrics, one function each (reconstruction, codebook, semantics); the checker of the shapes world; the command line.
+In reading order: metrics, one function each (reconstruction, codebook, semantics); the checker of the shapes world; what a generator
+draws; the command line.
 """
-import json
-import math
-import time
+import contextlib, json, math, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from train_tokenizer import ATLAS, EXTENT, HELD_OUT, PALETTE, SHAPES, SIDE, VALIDATION, WINDOW, Images, batches, masks, plan, render, resize
-from vqrae import Ranks, UserError, build_lpips, command_line, load_teacher, load_tokenizer, parse_config, psnr
+from sample import answer, generate
+from train_ar import load_generator, load_mllm
+from train_tokenizer import (ATLAS, EXTENT, HELD_OUT, PALETTE, SHAPES, SIDE, TASKS, VALIDATION, WINDOW, Images, batches, captions, masks, plan,
+                             questions, render, resize)
+from vqrae import Ranks, SimVQ, UserError, build_lpips, command_line, explained, load_teacher, load_tokenizer, nearest, parse_config, psnr
 
 @dataclass
 class EvalConfig:
     tokenizers: tuple = ()                # tokenizer folders; none: out_dir/tokenizer
     data: str = "shapes"                  # shapes, a folder of images, or 'shards-{000..127}.tar'
     part: Literal["all", "val"] = "all"   # of a folder or shards; val: those that training without --val_data held out
-    num_images: int = 2048                # as many of them, evenly spread, or all if there are fewer
+    num_images: int = 0                   # as many of them, evenly spread, or all if there are fewer; 0: 2048, 512 with --vqa or --generation
     size: int = 0                         # score at this many pixels a side (the paper: 256); 0: the tokenizer's own
     out_dir: str = "out/tiny"             # eval.json goes here
     batch_size: int = 64                  # images at a time on each rank
@@ -35,13 +39,17 @@ class EvalConfig:
     device: str = ""                      # cuda, mps or cpu; "": the first of them that is there
     lpips_weights: str = ""               # a file of torchvision's vgg16; "": download
     inception_weights: str = ""           # a file of pytorch-fid's Inception; "": torch-fidelity downloads it
+    vqa: bool = False                     # instead: questions about the shapes world, answered by out_dir's MLLM on each tokenizer's features
+    generation: bool = False              # instead: score out_dir's generator on prompts of the shapes world
+    curves: bool = False                  # instead: draw loss, PSNR and codebook usage from out_dir's logs
+    guidance: float = 3.0                 # of its pictures, see sample.py
 
     def __post_init__(self):
-        if self.num_images < 2 or self.batch_size < 1 or self.size < 0:
-            raise UserError("--num_images is at least 2, --batch_size at least 1, --size not negative")
+        self.num_images = self.num_images or (512 if self.generation or self.vqa else 2048)
+        if self.num_images < (6 if self.generation else 2) or self.batch_size < 1 or self.size < 0:
+            raise UserError("--num_images is at least 2 (6 with --generation), --batch_size at least 1, --size not negative")
 
 # ---- Reconstruction -------------------------------------------------------------------------------------------------
-
 def ssim(x, y, data_range=1.0):
     """Structural similarity, scikit-image's defaults: 7 x 7 uniform window, sample covariance, mean over pixels and channels.
     (B, 3, H, W) in [0, 1] -> (B,). data_range 1 is right for [0, 1]; 2 is what LlamaGen's and UniLIP's tables use."""
@@ -56,7 +64,6 @@ def ssim(x, y, data_range=1.0):
 
 class Frechet:
     """Streaming Frechet distance between two sets of features: sums of outer products, however many images."""
-
     def __init__(self, ranks):
         self.ranks, self.sums = ranks, [None, None]
 
@@ -80,15 +87,10 @@ class Frechet:
 
 def inception(weights):
     """images (B, 3, H, W) in [0, 1] -> (B, 2048): pytorch-fid's Inception, through torch-fidelity. Never another network."""
-    try:
+    with explained("torch-fidelity is not installed: pip install torch-fidelity", ImportError):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ImportError:
-        raise UserError("torch-fidelity is not installed: pip install torch-fidelity") from None
-    try:
-        net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights or None)
-    except Exception as error:
-        raise UserError(f"Inception weights cannot be had ({error}): pass --inception_weights FILE") from error
-    return net.eval()
+    with explained("Inception weights cannot be had: pass --inception_weights FILE"):
+        return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights or None).eval()
 
 @torch.no_grad()
 def reconstruction(model, teacher, dataset, positions, config, ranks):
@@ -101,7 +103,7 @@ def reconstruction(model, teacher, dataset, positions, config, ranks):
         except UserError as error:                                            # the other metrics still come out
             out[name], reasons[name] = None, str(error)
     frechet = {name: Frechet(ranks) for name in ("fd_vfm", "rfid") if name in nets or (name == "fd_vfm" and teacher)}
-    sums, counts = torch.zeros(6, dtype=torch.float64), torch.zeros(model.config.codebook_size, dtype=torch.float64)
+    sums, objects, counts = torch.zeros(6, dtype=torch.float64), torch.zeros(5, dtype=torch.float64), torch.zeros(model.config.codebook_size, dtype=torch.float64)
     size = config.size or model.config.output_size
     for batch in tqdm(batches(dataset, native, positions, config.batch_size, config.num_workers),
                       total=math.ceil(len(positions) / config.batch_size), desc="reconstruct", disable=not ranks.first):
@@ -122,7 +124,11 @@ def reconstruction(model, teacher, dataset, positions, config, ranks):
                 frechet["rfid"].add(side, nets["rfid"]((images * 255).round().to(torch.uint8))[0])
         if result.indices is not None:
             counts += torch.bincount(result.indices.flatten().cpu(), minlength=len(counts))
-    sums, counts = ranks.sum(sums), ranks.sum(counts)
+        if dataset is None:
+            scene = batch["scene"]
+            there = torch.stack([scene.present, HELD_OUT[scene.shape, scene.color], *(objects_right(resize(i, SIDE).cpu(), scene) for i in (x, y))])[:, scene.present]
+            objects += torch.cat([there.sum(1), (there[1] & there[3]).sum()[None]])
+    sums, counts, objects = ranks.sum(sums), ranks.sum(counts), ranks.sum(objects).tolist()
     n = int(sums[4])
     out |= dict(zip(("psnr", "ssim", "ssim_dr2"), (sums[:3] / n).tolist()), num_images=n)
     if "lpips" in nets:
@@ -131,6 +137,8 @@ def reconstruction(model, teacher, dataset, positions, config, ranks):
         out[name] = f.distance()
     if teacher:
         out["cosine_to_teacher"] = sums[5].item() / n
+    if dataset is None:
+        out |= dict(objects_right=objects[3] / objects[0], objects_right_originals=objects[2] / objects[0], objects_right_held_out=objects[4] / max(1, objects[1]))
     small = [name for name in frechet if n < (2048 if name == "rfid" else 2 * model.config.dim)]
     if small:
         reasons["few_images"] = f"{n} images are too few for a steady {' and '.join(small)}"
@@ -148,7 +156,6 @@ def codebook(counts):
                 token_entropy_bits=entropy.item() / math.log(2))
 
 # ---- Semantics without a language model: classes from mean-pooled features
-
 def knn(train, train_labels, test, test_labels, k=20):
     """Top-1 accuracy of a vote of the k nearest by cosine. (n, f), (n,), (m, f), (m,) -> float."""
     similarity = F.normalize(test, dim=1) @ F.normalize(train, dim=1).T
@@ -176,7 +183,7 @@ def probe(train, train_labels, test, test_labels, steps=100, decay=1e-3):
 def semantics(model, teacher, dataset, config, ranks):
     """kNN and probe accuracy of teacher, features Z_I and tokens Z_q. Even images to fit, odd ones to test. On shapes: one-object
     pictures, their 48 shape-colour pairs as classes."""
-    device, rows, labels = ranks.device, {}, []
+    device, rows, labels, small = ranks.device, {}, [], []
     total = config.num_images if dataset is None else min(config.num_images, len(dataset))
     for batch in single_objects(total) if dataset is None else batches(dataset, model.config.image_size, range(total), config.batch_size):
         images = resize(batch["image"].to(device), model.config.image_size)
@@ -189,6 +196,8 @@ def semantics(model, teacher, dataset, config, ranks):
         for name, z in found.items():
             rows.setdefault(name, []).append(z.mean(1).float().cpu())         # (B, N, d) -> (B, d)
         labels += batch["label"]
+        small += [resize(images, 64).cpu()] * (len(labels) <= 4096)
+    draw_clusters({name: torch.cat(z) for name, z in rows.items() if name != "teacher"}, torch.cat(small), Path(config.out_dir) / "clusters.png")
     classes = {label: i for i, label in enumerate(sorted(set(labels)))}
     if len(classes) < 2:
         return dict(knn_top1=None, probe_top1=None), dict(semantics=f"{config.data} has no classes (folders, or label in metadata.jsonl)")
@@ -198,6 +207,20 @@ def semantics(model, teacher, dataset, config, ranks):
         return {key: {name: f(z[::2], labels[::2], z[1::2], labels[1::2]) for name, z in halves.items()}
                 for key, f in (("knn_top1", knn), ("probe_top1", probe))}, {}
 
+def draw_clusters(rows, images, path, k=8, across=8):
+    """The paper's Figure 4: k-means on continuous features (left) and on tokens (right); a row a cluster, its most central images."""
+    sides = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for z in (z[:len(images)] for z in rows.values() if len(images) >= k):
+            z, means = F.normalize(z, dim=1), SimVQ(k, z.shape[1])
+            means.init_codebook(z, iterations=30)
+            own, far = nearest(z, means.codebook), torch.cdist(z, means.codebook)
+            picked = [far[:, c].masked_fill(own != c, math.inf).topk(min(across, len(z)), largest=False) for c in own.bincount(minlength=k).argsort(descending=True)]
+            sides.append(torch.stack([torch.where(d.isinf()[:, None, None, None], 1, images[i]) for d, i in picked]))         # (k, across, 3, 64, 64)
+    if sides:
+        save_image(torch.cat([make_grid(side.flatten(0, 1), nrow=side.shape[1], pad_value=1) for side in sides], 2), path)
+
 def single_objects(total, batch=64):
     for at in range(0, total, batch):
         scene = plan(torch.arange(at, min(at + batch, total)) + 2 * VALIDATION, task=0)
@@ -205,7 +228,6 @@ def single_objects(total, batch=64):
 
 # ---- The checker: what objects are in a picture of the shapes world? Analysis by synthesis: fit the background, cut out what
 # differs, and see which shape, drawn there in that size, comes nearest. No learned model.
-
 def find_objects(images, least_area=25):
     """(B, 3, 64, 64) in [0, 1] -> for M found objects: picture, shape, color (M,) int64, x, y (M,) pixels."""
     size = SIDE * SIDE
@@ -257,19 +279,79 @@ def objects_right(images, scene, near=6.0):
         right[b] |= (distance < near) & (scene.shape[b] == shape) & (scene.color[b] == color)
     return right & scene.present
 
+# ---- Generation: GenEval's six tasks, asked of a generator in the shapes world's words and judged by the checker
+def fulfilled(images, scene, near=6.0):
+    """Does each picture (B, 3, 64, 64) show what its caption asks for? -> (B,) bool. As in GenEval, all that is named has to be there;
+    more may be, except where the caption counts."""
+    found, right = [[] for _ in images], []
+    for b, *thing in zip(*(t.tolist() for t in find_objects(images))):
+        found[b].append(thing)                                                # [shape, color, x, y]
+    for things, task, n, relation, shapes, colors in zip(found, *(t.tolist() for t in (scene.task, scene.count, scene.relation, scene.shape, scene.color))):
+        colored = TASKS[task] in ("colors", "position", "color_attr")
+        places = [[(x, y) for s, c, x, y in things if s == shape and c in ([color] if colored else range(8))] for shape, color in zip(shapes[:n], colors)]
+        if TASKS[task] == "counting":
+            right.append(len(places[0]) == n)
+        elif TASKS[task] == "position":
+            right.append(any((b[0] - a[0], a[0] - b[0], b[1] - a[1], a[1] - b[1])[relation] > near for a in places[0] for b in places[1]))
+        else:
+            right.append(all(places))
+    return torch.tensor(right)
+
 @torch.no_grad()
-def check_shapes(model, config, ranks):
-    """Share of objects right in the originals and in their reconstructions, in the latter also of HELD_OUT pairs alone."""
-    originals, rebuilt, held_out = [], [], []
-    for batch in batches(None, SIDE, range(VALIDATION, VALIDATION + config.num_images), 64):
-        scene, there = batch["scene"], batch["scene"].present
-        images = model(resize(batch["image"], model.config.image_size).to(ranks.device)).reconstruction.clamp(0, 1)
-        originals.append(objects_right(batch["image"], scene)[there])
-        rebuilt.append(objects_right(resize(images.cpu(), SIDE), scene)[there])
-        held_out.append(HELD_OUT[scene.shape, scene.color][there])
-    originals, rebuilt, held_out = (torch.cat(x).float() for x in (originals, rebuilt, held_out))
-    return dict(objects_right=rebuilt.mean().item(), objects_right_originals=originals.mean().item(),
-                objects_right_held_out=((rebuilt * held_out).sum() / held_out.sum()).item())
+def generation(config, ranks):
+    """-> shares of prompts fulfilled: geneval of drawn pictures, geneval_ceiling of reconstructions of the renderer's own."""
+    lm, text_tokenizer, tokenizer = load_generator(config.out_dir, next(iter(config.tokenizers), ""), ranks.device)
+    if tokenizer.config.image_size != SIDE:
+        raise UserError(f"--generation is for pictures of the shapes world, of {SIDE} px: score others with sample.py --geneval")
+    number = torch.arange(config.num_images)
+    scene = plan(number + 3 * VALIDATION, task=number % 6)
+    prompts, drawn, rebuilt = captions(scene), [], []
+    with tqdm(total=len(number) * lm.config.visual["tokens"], desc="sampling", unit="code") as bar:
+        for part in number.split(config.batch_size):
+            codes = generate(lm, text_tokenizer, [prompts[i] for i in part], part.tolist(), config.guidance, bar=bar)
+            drawn.append(tokenizer.detokenize(codes).clamp(0, 1).cpu())
+            rebuilt.append(tokenizer(render(plan(part + 3 * VALIDATION, part % 6)).to(ranks.device)).reconstruction.clamp(0, 1).cpu())
+    drawn = torch.cat(drawn)
+    colored = torch.isin(scene.task, torch.tensor([TASKS.index(t) for t in ("colors", "position", "color_attr")]))
+    novel = (HELD_OUT[scene.shape, scene.color] & scene.present).any(1) & colored
+    out = {}
+    for name, images in (("geneval", drawn), ("geneval_ceiling", torch.cat(rebuilt))):
+        right = fulfilled(images, scene).float()
+        scores = {task: right[scene.task == t].mean().item() for t, task in enumerate(TASKS[:6])}
+        out[name] = scores | dict(overall=sum(scores.values()) / 6, held_out_pairs=right[novel].mean().item())
+    shown = drawn[:min(60, len(drawn) // 6 * 6)].unflatten(0, (-1, 6)).transpose(0, 1)                    # (6, n, 3, 64, 64): a row a task
+    save_image(make_grid(shown.flatten(0, 1), nrow=shown.shape[1]), Path(config.out_dir) / "geneval.png")
+    protocol = (f"{len(number)} validation prompts, a sixth each; guidance {config.guidance}, temperature 1, all codes; {int(novel.sum())} prompts name a colour-shape "
+                f"pair that training never showed; pictures in {config.out_dir}/geneval.png, a row a task")
+    return out | dict(geneval_protocol=protocol)
+
+# ---- Understanding: the shapes world's questions, asked of an MLLM that reads the teacher's features or, untrained, another encoder's
+@torch.no_grad()
+def vqa(folder, config, ranks):
+    """-> PSNR, and share of right answers by kind of question, from teacher, Z_I (features) and Z_bot (tokens: features after quantisation)."""
+    model = load_tokenizer(folder, ranks.device)
+    mllm, text_tokenizer = load_mllm(config.out_dir, model.config, ranks.device)
+    index, rows, psnrs = torch.arange(config.num_images) + VALIDATION, [], []
+    encoders = dict(teacher=load_teacher(folder, model.config).to(ranks.device), features=model.encoder)
+    if model.quantizer:
+        encoders["tokens"] = lambda images: model.from_code(model.quantizer.lookup(model.tokenize(images)))
+    for part in tqdm(index.split(config.batch_size), desc="ask"):
+        scene = plan(part)
+        images = resize(render(scene), model.config.image_size).to(ranks.device)
+        psnrs.append(psnr(images, resize(model(images).reconstruction, model.config.image_size)))
+        asked = [(i, question, *known) for i, them in enumerate(questions(part, scene)) for question, known in them.items()]
+        which, texts, kinds, truths = zip(*asked)
+        said = {name: answer(mllm, text_tokenizer, encoder(images)[list(which)], texts, 4) for name, encoder in encoders.items()}
+        rows += [(kind, truth, *text) for kind, truth, *text in zip(kinds, truths, *said.values())]
+    kinds, truths, *said = zip(*rows)
+    result = dict(psnr=torch.cat(psnrs).mean().item())
+    for name, texts in zip(encoders, said):
+        right = {kind: [a == b for k, a, b in zip(kinds, truths, texts) if k == kind] for kind in sorted(set(kinds))}
+        result[f"vqa_{name}"] = {kind: sum(r) / len(r) for kind, r in right.items()} | dict(overall=sum(map(sum, right.values())) / len(rows))
+        yes = [(a == "yes", b == "yes") for k, a, b in zip(kinds, truths, texts) if k == "presence"]     # (true, said)
+        both, true, claimed = yes.count((True, True)), sum(a for a, _ in yes), sum(b for _, b in yes)
+        result[f"pope_{name}"] = dict(accuracy=sum(a == b for a, b in yes) / len(yes), precision=both / max(1, claimed), recall=both / true, f1=2 * both / (true + claimed))
+    return result | dict(protocol=f"{len(rows)} questions about {len(index)} validation pictures, each asked alone; an answer is right if it is the same text", reasons={})
 
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -296,10 +378,25 @@ def evaluate(folder, config, ranks):
     if ranks.first:
         accuracy, why = semantics(model, teacher, dataset, config, ranks)
         result |= accuracy
-        if dataset is None:
-            result |= check_shapes(model, config, ranks)
         result["reasons"] |= reasons | why
     return result | dict(seconds=round(time.time() - start, 1))
+
+def draw_curves(out):
+    """Loss, PSNR and codebook usage over steps, from every log_*.jsonl of the run -> curves.png."""
+    with explained("--curves needs matplotlib: pip install matplotlib", ImportError):
+        import matplotlib.pyplot as plt
+    logs = {path.stem[4:]: [json.loads(line) for line in path.read_text().splitlines()] for path in sorted(out.glob("log_*.jsonl"))}
+    if not logs:
+        raise UserError(f"no log_*.jsonl in {out}: --out_dir names the run")
+    _, axes = plt.subplots(1, 3, figsize=(15, 4))
+    for axis, keys in zip(axes, (("loss", "val_loss"), ("val_psnr",), ("codebook_usage", "val_codebook_usage"))):
+        for (name, rows), key in ((item, key) for item in logs.items() for key in keys):
+            if points := [(row["step"], row[key]) for row in rows if key in row]:
+                axis.plot(*zip(*points), label=f"{name}: {key}")
+        axis.set(xlabel="step", yscale="log" if keys[0] == "loss" else "linear")
+        axis.legend()
+    plt.savefig(out / "curves.png", bbox_inches="tight")
+    print(f"wrote {out / 'curves.png'}")
 
 def table(results):
     """{folder: metrics} -> a Markdown table, a column a tokenizer."""
@@ -315,19 +412,27 @@ def table(results):
 def main():
     config, _, origin = parse_config(EvalConfig, {}, lambda _: [])
     ranks = Ranks(config.device)
-    folders = config.tokenizers or (f"{config.out_dir}/tokenizer",)
-    results = {str(folder): evaluate(folder, config, ranks) for folder in folders}
-    if not ranks.first:
-        return
-    print(table(results))
-    for folder, result in results.items():
-        print(f"\n{folder}: {result['protocol']}")
-        for what, why in result["reasons"].items():
-            print(f"  {what}: {why}")
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-    path = Path(config.out_dir) / "eval.json"
-    path.write_text(json.dumps(results if len(folders) > 1 else results[str(folders[0])], indent=1))
-    print(f"\nwrote {path}")
+    if config.curves:
+        return draw_curves(Path(config.out_dir))
+    path, before = Path(config.out_dir) / ("vqa.json" if config.vqa else "eval.json"), {}
+    if config.generation:
+        if not ranks.first:
+            return
+        result = generation(config, ranks)
+        results, notes = {key: result[key] for key in ("geneval", "geneval_ceiling")}, [result["geneval_protocol"]]
+        with contextlib.suppress(OSError, ValueError):                        # beside what is there about the one tokenizer
+            before = json.loads(path.read_text())
+    else:
+        folders = [str(folder) for folder in config.tokenizers or (f"{config.out_dir}/tokenizer",)]
+        results = {folder: (vqa if config.vqa else evaluate)(folder, config, ranks) for folder in folders}
+        if not ranks.first:
+            return
+        result = results if len(folders) > 1 else results[folders[0]]
+        notes = [note for f in folders for note in (f"{f}: {results[f]['protocol']}", *(f"  {what}: {why}" for what, why in results[f]["reasons"].items()))]
+    print(table(results), *notes, sep="\n")
+    path.write_text(json.dumps(before | result, indent=1))
+    print(f"wrote {path}")
 
 if __name__ == "__main__":
     command_line(main)

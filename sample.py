@@ -1,23 +1,20 @@
 """
-Draw pictures for captions: text -> codes -> pixels, with a generator that train_ar.py made.
+Draw pictures for captions: text -> codes -> pixels, with a generator that train_ar.py made. Or answer questions about one.
 
     python sample.py --prompt "a red circle left of a blue square"            -> out/tiny/samples/
     python sample.py --prompts FILE --num_images 4 --guidance 3 --seed 1      one caption a line
     python sample.py --geneval evaluation_metadata.jsonl --out DIR            the folders GenEval's scorer reads
     python sample.py --dpg dpg_bench/prompts --out DIR                        the 2 x 2 grids DPG-Bench's scorer reads
     torchrun --nproc_per_node=8 sample.py ...                                 the ranks share the work
+    python sample.py --image FILE --ask "how many circles are there?"         after train_ar.py --task understand
 
 --geneval and --dpg go on where they stopped: a picture that is there is not made again, so give other settings another --out.
 A picture depends on its caption, --seed and its number among the caption's pictures, and on nothing else: not on batch size,
 rank or the other captions (float32, CPU).
 
-In reading order: configuration, generate, what to draw, main.
+In reading order: configuration, generate, answer, what to draw, main.
 """
-import functools
-import json
-import os
-import re
-import zlib
+import functools, json, os, re, zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -28,8 +25,9 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 from transformers import StaticCache
 
-from train_ar import layout, load_generator, positions_of, visual_logits
-from vqrae import Ranks, UserError, command_line, full, parse_config, print_config
+from train_ar import chat, layout, load_generator, load_mllm, pad_left, positions_of, square, visual_logits
+from train_tokenizer import decode
+from vqrae import Ranks, UserError, command_line, explained, full, load_tokenizer, parse_config, print_config
 
 @dataclass
 class SampleConfig:
@@ -44,6 +42,8 @@ class SampleConfig:
     prompts: str = ""                     # a file of captions, one a line
     geneval: str = ""                     # GenEval's evaluation_metadata.jsonl
     dpg: str = ""                         # DPG-Bench's folder of .txt prompts
+    image: str = ""                       # a picture to ask about
+    ask: list = None                      # a question about --image; may be given several times
     out: str = ""                         # folder for the pictures; "": out_dir/samples, out_dir/geneval or out_dir/dpg
     num_images: int = 0                   # pictures a caption; 0: one, but four for --geneval and --dpg
     resolution: int = 0                   # pixels a side of a picture; 0: as the tokenizer makes it
@@ -57,8 +57,9 @@ class SampleConfig:
 
     def __post_init__(self):
         self.out_dir = self.out_dir or f"out/{self.config}"
-        if sum(map(bool, (self.prompt or self.prompts, self.geneval, self.dpg))) != 1:
-            raise UserError('nothing to draw, or too much: give --prompt "a red circle" (repeatable) and --prompts FILE, or --geneval FILE, or --dpg DIR')
+        if sum(map(bool, (self.prompt or self.prompts, self.geneval, self.dpg, self.ask))) != 1 or bool(self.ask) != bool(self.image):
+            raise UserError('nothing to do, or too much: give --prompt "a red circle" (repeatable) and --prompts FILE, or --geneval FILE, or --dpg DIR, '
+                            'or --image FILE with --ask "how many circles are there?"')
         if self.batch_size < 1 or self.num_images < 0 or self.resolution < 0:
             raise UserError("--batch_size is at least 1, --num_images and --resolution at least 0")
         if self.dpg and self.num_images not in (0, 4):
@@ -76,7 +77,6 @@ def check_options(guidance, temperature, top_k, top_p):
             raise UserError(f"--{name} {value} is out of range: {allowed}")
 
 # ---- Text -> codes --------------------------------------------------------------------------------------------------
-
 def choose(logits, u, temperature, top_k, top_p):
     """Logits (B, k) and one uniform number each (B,) -> codes (B,), by inverting the distribution function: a rounding error
     in the logits then changes a draw as rarely as can be."""
@@ -95,7 +95,6 @@ def choose(logits, u, temperature, top_k, top_p):
 class GrowingCache:
     """Keys and values of what was read, in one allocation of `length` columns of which attention is given the filled ones.
     transformers' DynamicCache copies everything at each token instead: 80% of the time at 64 pictures on a CPU."""
-
     def __init__(self, length):
         self.length, self.layers = length, {}                                 # layer -> [keys, values, columns filled]
 
@@ -152,8 +151,29 @@ def generate(lm, text_tokenizer, prompts, seeds, guidance=1.0, temperature=1.0, 
             bar.update(B)
     return torch.stack(codes, 1)                                              # (B, N)
 
-# ---- What to draw ---------------------------------------------------------------------------------------------------
+# ---- Z_I -> answers -------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def answer(mllm, text_tokenizer, Z_I, questions, max_new_tokens=64):
+    """Features (B, N, d) of B images and a question about each -> B answers, the likeliest word by word."""
+    chats = [chat(text_tokenizer, [(f"<image>\n{question}", None)], Z_I.shape[1]) for question in questions]
+    ids, mask, _ = (t.to(Z_I.device) for t in pad_left(chats))
+    ids = mllm.lm.generate(inputs_embeds=mllm.embed(ids, Z_I), attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens,
+                           eos_token_id=text_tokenizer.eos_token_id, pad_token_id=0)
+    return [text.strip() for text in text_tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
+def converse(config, device):
+    """Answer --ask about --image, with the tokenizer's own encoder in the place of the VFM that the MLLM was trained on."""
+    tokenizer = load_tokenizer(config.tokenizer or f"{config.out_dir}/tokenizer", device)
+    mllm, text_tokenizer = load_mllm(config.out_dir, tokenizer.config, device)
+    for question in config.ask:
+        check_text(question, f"--ask {question[:40]!r}", text_tokenizer, mllm.lm.config.understand["max_length"] - tokenizer.config.num_tokens - 12)
+    with explained(f"--image {config.image} cannot be read as an image"):
+        image = square(decode(Path(config.image).read_bytes()), tokenizer.config.image_size)
+    Z_I = tokenizer.encode(image[None].to(device)).expand(len(config.ask), -1, -1)
+    for question, text in zip(config.ask, answer(mllm, text_tokenizer, Z_I, config.ask)):
+        print(f"{question} {text}")
+
+# ---- What to draw ---------------------------------------------------------------------------------------------------
 class Job(NamedTuple):
     prompt: str
     seeds: list                 # one a picture
@@ -168,10 +188,8 @@ def read_jobs(config):
     if config.geneval:                            # OUT/00003/metadata.jsonl, OUT/00003/samples/00000.png, ...
         out = Path(config.out or f"{config.out_dir}/geneval")
         for i, line in enumerate(Path(config.geneval).read_text("utf-8", "replace").splitlines()):
-            try:
+            with explained(f"{config.geneval}, line {i + 1}: not JSON with a prompt: {line[:60]!r}; mend or remove that line"):
                 prompt = json.loads(line)["prompt"].strip()
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(f"{config.geneval}, line {i + 1}: not JSON with a prompt: {line[:60]!r}; mend or remove that line") from None
             folder, where = out / f"{i:05d}", f"{config.geneval}, line {i + 1}"
             beside[folder / "metadata.jsonl"] = line + "\n"
             jobs += [Job(prompt, [seed], folder / "samples" / f"{j:05d}.png", where) for j, seed in enumerate(seeds(prompt))]
@@ -196,18 +214,19 @@ def read_jobs(config):
 
 def check_prompts(jobs, text_tokenizer, visual):
     room = visual["max_length"] - visual["tokens"] - 2
-    known = sorted(word for word in text_tokenizer.get_vocab() if not word.startswith("<"))
     for prompt, where in {job.prompt: job.where for job in jobs}.items():
-        ids = text_tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
-        if not ids.input_ids:
-            raise UserError(f"{where} is empty: say what to draw")
-        if len(ids.input_ids) > room:
-            raise UserError(f"{where} has {len(ids.input_ids)} tokens, and this generator was made for at most {room}: shorten it, "
-                            f"or train with a larger --max_length than {visual['max_length']}")
-        unknown = [prompt[a:b] for i, (a, b) in zip(ids.input_ids, ids.offset_mapping) if i == text_tokenizer.unk_token_id]
-        if unknown and text_tokenizer.unk_token_id is not None:
-            raise UserError(f"{where}: this generator never learned the word {unknown[0]!r}; it knows {len(known)}: {' '.join(known[:60])}"
-                            + " ..." * (len(known) > 60))
+        check_text(prompt, where, text_tokenizer, room)
+
+def check_text(text, where, text_tokenizer, room):
+    ids = text_tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    if not ids.input_ids:
+        raise UserError(f"{where} is empty: say what to draw or what to answer")
+    if len(ids.input_ids) > room:
+        raise UserError(f"{where} has {len(ids.input_ids)} tokens, and this model was made for at most {room}: shorten it, or train with a larger --max_length")
+    unknown = [text[a:b] for i, (a, b) in zip(ids.input_ids, ids.offset_mapping) if i == text_tokenizer.unk_token_id]
+    if unknown and text_tokenizer.unk_token_id is not None:
+        known = sorted(word for word in text_tokenizer.get_vocab() if not word.startswith("<"))
+        raise UserError(f"{where}: this model never learned the word {unknown[0]!r}; it knows {len(known)}: {' '.join(known[:60])}" + " ..." * (len(known) > 60))
 
 def save_picture(images, path):
     """(1, 3, H, W), or (4, 3, H, W) as a 2 x 2 grid without gaps; the whole file or none."""
@@ -221,6 +240,8 @@ def main():
     ranks = Ranks(config.device)
     if ranks.first:
         print_config(origin, config)
+    if config.ask:
+        return converse(config, ranks.device)
     out, jobs, beside = read_jobs(config)
     lm, text_tokenizer, tokenizer = load_generator(config.out_dir, config.tokenizer, ranks.device,
                                                    torch.bfloat16 if config.precision == "bf16" else torch.float32)

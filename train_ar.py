@@ -1,12 +1,17 @@
 """
-Train the generator: a language model that writes pictures in the tokenizer's codes (section 3.5, Table 9).
+Train a language model on the tokenizer's two outputs: to write pictures in its codes (section 3.5, Table 9), or to read its
+features (section 3.4, Table 8).
 
     python train_ar.py                              tiny: a small random Qwen3 on drawn shapes, after train_tokenizer.py. CPU
     torchrun --nproc_per_node=8 train_ar.py --config internvit_448 --data 'FOLDER or shards-{000..127}.tar' --micro_batch 8
     ... --lm FOLDER                                 a local copy of Qwen3-0.6B
     ... --resume                                    go on after a stop, bit for bit
 
-A picture with its caption is one sequence. What is left of it is padding, what is right of it ends the picture:
+    python train_ar.py --task understand            tiny: answer questions about drawn shapes; both phases
+    torchrun --nproc_per_node=8 train_ar.py --config siglip2_256 --task understand --phase pretrain --data blip_laion_cc_sbu_558k.json --images DIR
+    torchrun --nproc_per_node=8 train_ar.py --config siglip2_256 --task understand --phase sft --data llava_v1_5_mix665k.json --images DIR
+
+--task generate. A picture with its caption is one sequence. What is left of it is padding, what is right of it ends the picture:
 
     <pad> ... <pad>  a red circle  <|vision_start|>  v_1 v_2 ... v_N  <|vision_end|>         v = code + offset
                      caption       BOI               row by row       EOI
@@ -15,16 +20,14 @@ A picture with its caption is one sequence. What is left of it is padding, what 
 Without a caption a sequence begins at BOI: that is the unconditional prompt of classifier-free guidance, which training
 makes of one caption in ten. EOI is there for whatever may follow a picture; N is fixed, so nothing has to predict it.
 
-In reading order: the configuration on one screen, language model and layout, codes computed once, training.
+--task understand. LLaVA-1.5's layout: N features Z_I, through a connector, in the place of <image>; the loss is on the answers.
+
+    <pad> ... USER: z_1 z_2 ... z_N how many rings are there? ASSISTANT: two </s> USER: ... ASSISTANT: ... </s>       phase sft
+    <pad> ...       z_1 z_2 ... z_N a red circle </s>                                                                 phase pretrain
+
+In reading order: the configuration on one screen, language model and layouts, codes computed once, conversations, training.
 """
-import contextlib
-import functools
-import hashlib
-import json
-import math
-import os
-import shlex
-import time
+import contextlib, functools, hashlib, json, os, shlex, sys, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -35,24 +38,30 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
+from PIL import Image, ImageOps
+from safetensors.torch import load_file, save_file
+from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from train_tokenizer import VALIDATION, Images, batches, captions, lr_factor, plan, uniforms
-from vqrae import (Log, Ranks, UserError, check_finite, command_line, hub_file, load_tokenizer, open_run, parse_config, print_config,
-                   resume_command, save_checkpoint, split_batch)
+from train_tokenizer import (VALIDATION, Images, batches, captions, decode, ignore_signals, lr_factor, plan, questions, render, resize,
+                             uniforms)
+from vqrae import (Log, Ranks, UserError, check_finite, command_line, explained, hub_file, load_checkpoint, load_teacher, load_tokenizer, open_run,
+                   parse_config, print_config, resume_command, save_checkpoint, split_batch)
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 # ---- Configuration. Defaults are the paper's generator. Sources: [T9] the paper's Table 9, [LlamaGen], [ours].
-
 @dataclass
 class ARConfig:
     config: Literal["tiny", "siglip2_base_256", "siglip2_256", "siglip2_512", "internvit_448"] = "tiny"  # whose presets and run folder
-    data: str = "shapes"                  # shapes, a folder of captioned images, or 'shards-{000..127}.tar'
+    task: Literal["generate", "understand"] = "generate"  # write pictures, or answer questions about them
+    phase: Literal["", "pretrain", "sft"] = ""  # [T8] of understanding: connector on captions, then LLM too on conversations; "": both
+    data: str = "shapes"                  # shapes; generate: folder of captioned images or 'shards-{000..127}.tar'; understand: LLaVA's JSON
     val_data: str = ""                    # the same for validation; "": every 20th image of the data is held out
+    images: str = ""                      # understand: the folder that the JSON's image paths start from; "": the JSON's own
     out_dir: str = ""                     # the run's folder; "": out/CONFIG
     tokenizer: str = ""                   # folder of the VQRAE tokenizer; "": out_dir/tokenizer
     resume: bool = False                  # go on from the last checkpoint
@@ -60,11 +69,13 @@ class ARConfig:
     overwrite_cache: bool = False         # compute the codes of --data again although they are cached
     device: str = ""                      # cuda, mps or cpu; "": the first of them that is there
     precision: Literal["bf16", "float32", "float64"] = "bf16"  # [T9] autocast; weights and loss stay float32
+    compile: bool = False                 # torch.compile: some minutes first, then faster steps on a GPU
+    checkpointing: bool = False           # recompute activations in the backward pass: less memory, more time
     seed: int = 0                         # of weights, order and dropped captions
     # model
-    lm: str = "Qwen/Qwen3-0.6B"           # [T9] a Qwen3 with its text tokenizer, by hub name or local folder; or random
+    lm: str = "Qwen/Qwen3-0.6B"           # [T9] a language model of transformers by hub name or local folder, Qwen3 to generate; or random
     lm_config: dict = None                # what Qwen3Config is made of for --lm random, whose words are those of the captions
-    max_length: int = 1536                # [T9] tokens of caption and picture; longer captions are cut
+    max_length: int = 1536                # [T9] tokens of caption and picture, or of a conversation; longer texts are cut
     # data
     batch_size: int = 512                 # [T9] images a step, over all ranks and accumulation
     micro_batch: int = 0                  # images a rank takes at a time, the rest by accumulation; 0: all at once
@@ -98,18 +109,26 @@ class ARConfig:
             raise UserError("--resume goes on and --overwrite starts over: choose one")
 
 PRESETS = {
+    # Understanding, the LLaVA-1.5 recipe: an epoch of 595 thousand captions, then of 665 thousand conversations; warmup is 3% of the steps.
+    "pretrain": dict(lm="lmsys/vicuna-7b-v1.5", lr=1e-3, end_lr=0.0, total_steps=2325, warmup_steps=70, batch_size=256, eps=1e-8, max_length=2048),   # [T8]
+    "sft": dict(lm="lmsys/vicuna-7b-v1.5", lr=2e-5, end_lr=0.0, total_steps=5195, warmup_steps=156, batch_size=128, eps=1e-8, max_length=2048),       # [T8]
     "siglip2_base_256": dict(batch_size=128, micro_batch=16),                                                                        # [ours]
-    "tiny": dict(lm="random", max_length=128, precision="float32", batch_size=16, num_workers=0, total_steps=1250, lr=4e-3,          # [ours]
+    "tiny": dict(lm="random", max_length=128, precision="float32", batch_size=16, num_workers=0, total_steps=2000, lr=6e-3,          # [ours]
                  end_lr=1e-4, warmup_steps=50, log_every=20, eval_every=500, save_every=500,
-                 lm_config=dict(hidden_size=192, num_hidden_layers=4, intermediate_size=512, num_attention_heads=4, head_dim=48,
-                                num_key_value_heads=4, tie_word_embeddings=True, initializer_range=0.05)),
+                 lm_config=dict(hidden_size=128, num_hidden_layers=4, intermediate_size=384, num_attention_heads=4, num_key_value_heads=1, head_dim=32,
+                                rope_parameters=dict(rope_type="default", rope_theta=100.0), tie_word_embeddings=True, initializer_range=0.06)),
+    ("tiny", "pretrain"): dict(total_steps=60, warmup_steps=10, max_length=192, eps=1e-8),                                            # [ours]
+    ("tiny", "sft"): dict(total_steps=900, lr=2e-3, max_length=256, eps=1e-8),                                                        # [ours]
 }
+
+def preset_order(values):
+    phases = [values["phase"]] if values["task"] == "understand" else []
+    return [*phases, values["config"], *((values["config"], phase) for phase in phases)]
 
 # ---- Language model and layout. What sets ours apart from any other Qwen3 is written in its config as `visual`:
 # offset and codes (the ids offset ... offset + codes - 1 are pictures), tokens (N), boi, eoi, max_length, and which tokenizer.
-
 BOI, EOI = "<|vision_start|>", "<|vision_end|>"   # Qwen3's own names; other text tokenizers are given them
-PAD, UNKNOWN = "<pad>", "<unk>"
+PAD, UNKNOWN, END = "<pad>", "<unk>", "</s>"
 
 def identity(folder):
     """What tells one trained tokenizer from another: a hash of its weights."""
@@ -120,9 +139,9 @@ def word_tokenizer(texts):
     """A text tokenizer of the words and punctuation marks in `texts`, in lower case."""
     split, lower = tokenizers.pre_tokenizers.Whitespace(), tokenizers.normalizers.Lowercase()
     words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(lower.normalize_str(text))})
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate([PAD, UNKNOWN, *words])}, UNKNOWN))
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate([PAD, UNKNOWN, END, *words])}, UNKNOWN))
     model.pre_tokenizer, model.normalizer = split, lower
-    return PreTrainedTokenizerFast(tokenizer_object=model, pad_token=PAD, unk_token=UNKNOWN)
+    return PreTrainedTokenizerFast(tokenizer_object=model, pad_token=PAD, unk_token=UNKNOWN, eos_token=END)
 
 def build_lm(config, texts):
     """The language model as it was before pictures, in float32, and its text tokenizer."""
@@ -134,11 +153,9 @@ def build_lm(config, texts):
         return Qwen3ForCausalLM(Qwen3Config(vocab_size=len(text_tokenizer), **config.lm_config)), text_tokenizer
     if not Path(config.lm).is_dir():                                          # fails within seconds where there is no network
         hub_file(config.lm, "config.json", f"run `hf download {config.lm}` there, and pass its folder with --lm FOLDER")
-    try:
+    with explained(f"cannot load the language model {config.lm}"):
         lm = AutoModelForCausalLM.from_pretrained(config.lm, dtype=torch.float32)     # transformers would keep the saved bfloat16
         return lm, AutoTokenizer.from_pretrained(config.lm)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the language model {config.lm}: {' '.join(str(error).split())[:200]}") from error
 
 @torch.no_grad()
 def grow_vocabulary(lm, text_tokenizer, tokenizer, which, max_length):
@@ -188,7 +205,6 @@ def visual_logits(lm, hidden):                                                # 
 
 class PictureLM(nn.Module):
     """The language model as it is trained: layouts (B, T + N + 2) -> logits of v_1 ... v_N (B, N, k)."""
-
     def __init__(self, lm):
         super().__init__()
         self.lm = lm
@@ -204,14 +220,10 @@ def load_generator(out_dir, tokenizer_folder="", device="cpu", dtype=torch.float
     if not (folder / "config.json").is_file():
         raise UserError(f"no trained generator in {folder}: python train_ar.py makes one (--out_dir names the run)")
     tokenizer = load_tokenizer(tokenizer_folder, device)
-    try:
+    with explained(f"{folder} cannot be read as a generator: python train_ar.py --resume writes it anew from state.pt"):
         lm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
-        text_tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        visual = lm.config.visual
-    except Exception as error:                                                # each kind of damage raises its own
-        raise UserError(f"{folder} cannot be read as a generator ({' '.join(str(error).split())[:160]}): "
-                        f"python train_ar.py --resume writes it anew from state.pt") from error
-    if visual["tokenizer"] != identity(tokenizer_folder):
+        text_tokenizer, made_for = AutoTokenizer.from_pretrained(folder, local_files_only=True), lm.config.visual["tokenizer"]
+    if made_for != identity(tokenizer_folder):
         raise UserError(f"{folder} learned the codes of another tokenizer than {tokenizer_folder}: pass --tokenizer with that one, "
                         f"or train it again with python train_ar.py --overwrite")
     return lm, text_tokenizer, tokenizer
@@ -219,7 +231,6 @@ def load_generator(out_dir, tokenizer_folder="", device="cpu", dtype=torch.float
 # ---- Codes computed once. A data set of codes is a function fetch(positions) -> codes (b, N) int64, captions [b], with position
 # 0, 1, 2, ... counting the images a run has seen. Shapes are drawn and tokenized when they are needed: that takes a tenth
 # of the time of learning from them, and no picture comes twice.
-
 CAPTION_BYTES = 1024                              # of UTF-8 a cached caption may have; the rest is cut
 
 def open_codes(source, train, config, tokenizer, which, ranks):
@@ -289,56 +300,238 @@ def cached_codes(folder, dataset, config, tokenizer, which, ranks):
         marker.write_text(json.dumps(fingerprint))
     return np.load(path, mmap_mode="r")
 
-# ---- Training -------------------------------------------------------------------------------------------------------
+# ---- Conversations about images, in LLaVA's layout
+IMAGE = -1                                        # stands for one feature of Z_I among the ids
 
+def chat(text_tokenizer, turns, tokens, plain=False):
+    """[(question, answer), ...] of one image -> ids, and which of them an answer is made of: [int], [bool] of equal length. <image>
+    in a question becomes `tokens` times IMAGE. An answer of None is left to the model. plain: the text alone, without roles."""
+    encode = lambda text: text_tokenizer(text, add_special_tokens=False).input_ids
+    ids = [text_tokenizer.bos_token_id] * (text_tokenizer.bos_token_id is not None)
+    scored = [False] * len(ids)
+    for question, answer in turns:
+        for i, piece in enumerate((question if plain else f"USER: {question} ASSISTANT:").split("<image>")):
+            ids += [IMAGE] * (tokens * (i > 0)) + encode(piece)
+        scored += [False] * (len(ids) - len(scored))
+        if answer is not None:
+            ids += encode(answer) + [text_tokenizer.eos_token_id]
+            scored += [True] * (len(ids) - len(scored))
+    return ids, scored
+
+def pad_left(rows):
+    """[(ids, scored), ...] -> ids, mask, scored (B, L)."""
+    width = max(len(ids) for ids, _ in rows)
+    fill = lambda row, value: [value] * (width - len(row)) + list(row)
+    return (torch.tensor([fill(ids, 0) for ids, _ in rows]), torch.tensor([fill([1] * len(ids), 0) for ids, _ in rows]),
+            torch.tensor([fill(scored, False) for _, scored in rows]))
+
+class MLLM(nn.Module):
+    """LLaVA-1.5: a language model that reads Z_I (B, N, d) through a two-layer connector, in the place of <image>."""
+    def __init__(self, lm, dim):
+        super().__init__()
+        self.lm, width = lm, lm.get_input_embeddings().embedding_dim
+        self.connector = nn.Sequential(nn.Linear(dim, width), nn.GELU(), nn.Linear(width, width))        # [T8] mlp2x_gelu
+
+    def embed(self, ids, Z_I):                                                # (B, L), (B, N, d) -> (B, L, width)
+        x = self.lm.get_input_embeddings()(ids.clamp(min=0))
+        return x.masked_scatter((ids == IMAGE)[..., None], self.connector(Z_I.to(self.connector[0].weight.dtype)).to(x.dtype))
+
+    def forward(self, ids, mask, scored, Z_I):                                # (B, L) three times, (B, N, d)
+        x = self.lm.base_model(inputs_embeds=self.embed(ids, Z_I), attention_mask=mask, position_ids=positions_of(mask), use_cache=False)
+        return self.lm.get_output_embeddings()(x.last_hidden_state[:, :-1][scored[:, 1:]])     # (answer tokens, vocabulary)
+
+class Conversations(Images):
+    """LLaVA's JSON by position: [{"image": path, "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", ...}]}, ...]."""
+    def __init__(self, file, images, size, seed=0, part=None):
+        self.size, self.seed, self.train, self.order, images = size, seed, True, (-1, None), Path(images or Path(file).parent)
+        with explained(f"{file}: not LLaVA's JSON, a list of objects with image and conversations, human and gpt in turn"):
+            rows = json.loads(Path(file).read_text("utf-8"))
+            with_image = [row for row in rows if "image" in row]
+            self.records = [(images / row["image"], [(q["value"], a["value"]) for q, a in zip(row["conversations"][::2], row["conversations"][1::2], strict=True)])
+                            for row in with_image]
+        if len(with_image) < len(rows):
+            print(f"{file}: {len(rows) - len(with_image)} conversations have no image and are left out")
+        for number, (path, turns) in enumerate(self.records):
+            if sum(question.count("<image>") for question, _ in turns) != 1:
+                raise UserError(f"{file}, conversation {number} with an image: <image> must stand in its questions exactly once")
+            if not path.is_file():
+                raise UserError(f"{file}, conversation {number} with an image: no file {path}; --images DIR names the folder")
+        self.records = [row for i, row in enumerate(self.records) if part is None or (i % 20 == 0) == (part == "val")]
+        if not self.records:
+            raise UserError(f"{file} holds no conversation to use (every 20th validates): give more, or name some with --val_data")
+
+    def __getitem__(self, position):
+        path, turns = self.record(position)
+        with explained(f"{path} cannot be read as an image: mend it or take its conversation out"):
+            return square(decode(path.read_bytes()), self.size), turns
+
+def square(image, size):
+    """A PIL image padded with grey to a square, as LLaVA-1.5 has it: nothing is cut off. -> (3, size, size) in [0, 1]."""
+    return TF.to_dtype(TF.pil_to_tensor(ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, color=(127, 127, 127))), scale=True)
+
+def shapes_turns(index, phase):
+    """Pictures by number -> (B, 3, 64, 64) and for each its turns: a caption to pretrain on, else questions of four kinds."""
+    scene = plan(index)
+    if phase == "pretrain":
+        return render(scene), [[("<image>", caption)] for caption in captions(scene)]
+    turns = [[(question, answer) for question, (_, answer) in asked.items()] for asked in questions(index, scene, rounds=3)]
+    return render(scene), [[("<image>\n" + t[0][0], t[0][1]), *t[1:]] for t in turns]
+
+def load_mllm(out_dir, model_config, device="cpu"):
+    """-> MLLM that `--task understand` made, and its text tokenizer; checked to read features as an encoder of `model_config` makes them."""
+    folder = Path(out_dir) / "mllm"
+    if not (folder / "connector.safetensors").is_file():
+        raise UserError(f"no trained MLLM in {folder}: python train_ar.py --task understand makes one (--out_dir names the run)")
+    lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    want, have = lm.config.understand, dict(dim=model_config.dim, tokens=model_config.num_tokens, image_size=model_config.image_size)
+    if differ := [f"{name} is {want[name]} there, {value} in the tokenizer" for name, value in have.items() if want[name] != value]:
+        raise UserError(f"{folder} reads the features of another vision tower than this tokenizer's: {', '.join(differ)}")
+    net = MLLM(lm, want["dim"])
+    net.connector.load_state_dict(load_file(folder / "connector.safetensors"))
+    return net.to(device).eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+# ---- Training. Each task has a network, batches by position, a loss, a validation and files; the loop below is the same.
 def picture_loss(net, ids, mask, visual):
     """Mean cross-entropy (nats) of the N visual tokens of each layout; -> scalar, float32."""
     logits = net(ids, mask)                                                   # (B, N, k)
     codes = ids[:, -1 - visual["tokens"]:-1] - visual["offset"]               # (B, N)
     return F.cross_entropy(logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)), codes.flatten())
 
-@torch.no_grad()
-def draw(lm, text_tokenizer, tokenizer, prompts, seed):
-    """Pictures of `prompts` (B, 3, H, W) by transformers' own generate, unguided; sample.py is several times faster."""
-    visual = lm.config.visual
-    ids, mask = (t.to(lm.device) for t in layout(text_tokenizer, visual, prompts))
-    torch.manual_seed(seed)
-    ids = lm.generate(input_ids=ids, attention_mask=mask, max_new_tokens=visual["tokens"], min_new_tokens=visual["tokens"],
-                      do_sample=True, top_k=0, suppress_tokens=list(range(visual["offset"])))
-    return tokenizer.detokenize(ids[:, -visual["tokens"]:] - visual["offset"]).float().clamp(0, 1)
+class Generate:
+    """Captions -> codes. The whole language model learns."""
+    def __init__(self, config, ranks):
+        self.config, self.device, self.folder, self.state = config, ranks.device, Path(config.out_dir) / "ar", "state.pt"
+        self.tokenizer, self.which = load_tokenizer(config.tokenizer, ranks.device), identity(config.tokenizer)
+        if self.tokenizer.quantizer is None:
+            raise UserError(f"{config.tokenizer} has no codes to write (quantizer none): train one with --quantizer simvq")
+        if config.max_length < (least := self.tokenizer.config.num_tokens + 3):
+            raise UserError(f"--max_length {config.max_length} has no room for a picture, its two marks and a caption: at least {least}")
+        self.fetch, size = open_codes(config.data, True, config, self.tokenizer, self.which, ranks)
+        self.val_fetch, val_size = open_codes(config.val_data or config.data, False, config, self.tokenizer, self.which, ranks)
+        self.val_at = range(VALIDATION, VALIDATION + config.val_images) if val_size is None else range(min(config.val_images, val_size))
+        texts = captions(plan(torch.arange(10_000))) if size is None else self.fetch(range(size))[1] if config.lm == "random" else []
+        torch.manual_seed(config.seed)
+        self.lm, self.text_tokenizer = build_lm(config, texts)
+        grow_vocabulary(self.lm, self.text_tokenizer, self.tokenizer, self.which, config.max_length)
+        self.net, self.visual = PictureLM(self.lm), self.lm.config.visual
+
+    def stream(self, starts, micro):
+        for at in starts:
+            codes, texts = self.fetch(range(at, at + micro))                  # (b, N), [b]
+            keep = uniforms(~torch.arange(at, at + micro) - (self.config.seed << 42), 1)[:, 0] >= self.config.caption_drop    # no picture has a negative number
+            yield layout(self.text_tokenizer, self.visual, [text if k else "" for text, k in zip(texts, keep)], codes)     # (b, T + N + 2)
+
+    def loss(self, net, ids, mask):
+        return picture_loss(net, ids, mask, self.visual)
+
+    def validate(self, micro):
+        """Mean loss of the validation images, captions and all; draws the first of them, unguided (sample.py is several times faster)."""
+        total, draw = 0.0, self.val_fetch(self.val_at[:16])[1]
+        for at in range(0, len(self.val_at), micro):
+            codes, texts = self.val_fetch(self.val_at[at:at + micro])
+            ids, mask = (t.to(self.device) for t in layout(self.text_tokenizer, self.visual, texts, codes))
+            total += picture_loss(self.net, ids, mask, self.visual).item() * len(texts) / len(self.val_at)
+        ids, mask = (t.to(self.device) for t in layout(self.text_tokenizer, self.visual, draw))
+        torch.manual_seed(self.config.seed)
+        N, first = self.visual["tokens"], self.visual["offset"]
+        ids = self.lm.generate(input_ids=ids, attention_mask=mask, max_new_tokens=N, min_new_tokens=N, do_sample=True, top_k=0, suppress_tokens=list(range(first)))
+        pictures = self.tokenizer.detokenize(ids[:, -N:] - first).float().clamp(0, 1)
+        save_image(make_grid(pictures, nrow=8), self.folder.parent / "samples.png")
+        self.next = f"sample.py --prompt {shlex.quote(draw[0])}"
+        return dict(val_loss=total)
+
+    def finish(self):
+        return f"{'pictures':24}{self.folder.parent / 'samples.png'}"
+
+class Understand:
+    """Questions about images -> answers, by a language model that reads the frozen VFM's Z_I. The connector learns, in SFT the LLM too."""
+    def __init__(self, config, ranks):
+        self.config, self.device, self.folder, self.state = config, ranks.device, Path(config.out_dir) / "mllm", f"{config.phase}.pt"
+        model_config, self.which = load_tokenizer(config.tokenizer).config, identity(config.tokenizer)
+        self.encoder, self.size, self.tokens = load_teacher(config.tokenizer, model_config).to(ranks.device), model_config.image_size, model_config.num_tokens
+        if config.max_length <= self.tokens:
+            raise UserError(f"--max_length {config.max_length} has no room for an image's {self.tokens} features and a question")
+        self.data, self.val, texts = None, None, []
+        if config.data != "shapes":
+            part = (None, None) if config.val_data else ("train", "val")
+            self.data, self.val = (Conversations(file, config.images, self.size, config.seed, p)
+                                   for file, p in zip((config.data, config.val_data or config.data), part))
+            texts = [text for _, turns in self.data.records for turn in turns for text in turn]
+        else:
+            texts = [text for phase in ("pretrain", "sft") for turns in shapes_turns(torch.arange(10_000), phase)[1] for turn in turns for text in turn]
+        torch.manual_seed(config.seed)
+        self.lm, self.text_tokenizer = build_lm(config, texts + ["USER: ASSISTANT:"])
+        self.lm.config.understand = dict(dim=model_config.dim, tokens=self.tokens, image_size=self.size, max_length=config.max_length)
+        self.net = MLLM(self.lm, model_config.dim)
+        if config.phase == "sft":
+            before = self.folder / "pretrain.pt"
+            if not before.exists():
+                raise UserError(f"SFT starts from {before}, which is not there: run --phase pretrain first")
+            self.net.load_state_dict(load_checkpoint(before)["model"])
+        self.lm.requires_grad_(config.phase == "sft")
+
+    def collate(self, rows):
+        images, turns = zip(*rows)
+        chats = [chat(self.text_tokenizer, t, self.tokens, plain=self.config.phase == "pretrain") for t in turns]
+        return *pad_left([(ids[:self.config.max_length], scored[:self.config.max_length]) for ids, scored in chats]), torch.stack(images)
+
+    def stream(self, starts, micro, val=False):
+        data = self.val if val else self.data
+        if data is None:
+            for at in starts:
+                images, turns = shapes_turns(torch.arange(at, at + micro), self.config.phase)
+                yield self.collate(zip(resize(images, self.size), turns))     # (b, L) three times, (b, 3, h, w)
+        else:
+            positions = (at + i for at in starts for i in range(micro))
+            yield from torch.utils.data.DataLoader(data, micro, sampler=positions, collate_fn=self.collate, num_workers=self.config.num_workers,
+                                                   worker_init_fn=ignore_signals, generator=torch.Generator())
+
+    def loss(self, net, ids, mask, scored, images, right=None):
+        """Mean cross-entropy (nats) of the answers' tokens; appends to the list `right` the share that is the likeliest."""
+        with torch.no_grad():
+            Z_I = self.encoder(images)                                        # (b, N, d)
+        logits, target = net(ids, mask, scored, Z_I), ids[:, 1:][scored[:, 1:]]               # (S, vocabulary), (S,)
+        if right is not None:
+            right.append((logits.argmax(1) == target).float().mean().item())
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), target)
+
+    def validate(self, micro):
+        first, total, right, losses = (VALIDATION if self.val is None else 0), self.config.val_images, [], []
+        for batch in self.stream(range(first, first + min(total, len(self.val or range(total))), micro), micro, val=True):
+            losses.append(self.loss(self.net, *(t.to(self.device) for t in batch), right).item())
+        self.next = "eval.py --vqa"
+        return dict(val_loss=sum(losses) / len(losses), val_accuracy=sum(right) / len(right))
+
+    def finish(self):
+        save_file(self.net.connector.state_dict(), self.folder / "connector.safetensors")
+        return f"{'phase':24}{self.config.phase}"
 
 def train(config, ranks):
     out, device, start = Path(config.out_dir), ranks.device, time.time()
-    folder, path = out / "ar", out / "ar" / "state.pt"
-    resumed = open_run(path, config)
     local, micro, accumulate = split_batch(config, ranks)
-    tokenizer, which = load_tokenizer(config.tokenizer, device), identity(config.tokenizer)
-    if tokenizer.quantizer is None:
-        raise UserError(f"{config.tokenizer} has no codes to write (quantizer none): train one with --quantizer simvq")
-    if config.max_length < (least := tokenizer.config.num_tokens + 3):
-        raise UserError(f"--max_length {config.max_length} has no room for a picture, its two marks and a caption: at least {least}")
-    if resumed and resumed["tokenizer"] != which:
-        raise UserError(f"{path} learned the codes of another tokenizer than {config.tokenizer}: pass --tokenizer with that one, or --overwrite")
-    folder.mkdir(parents=True, exist_ok=True)
-    fetch, size = open_codes(config.data, True, config, tokenizer, which, ranks)
-    val_fetch, val_size = open_codes(config.val_data or config.data, False, config, tokenizer, which, ranks)
-    texts = captions(plan(torch.arange(10_000))) if size is None else fetch(range(size))[1] if config.lm == "random" else []
-    torch.manual_seed(config.seed)
-    lm, text_tokenizer = build_lm(config, texts)
-    grow_vocabulary(lm, text_tokenizer, tokenizer, which, config.max_length)
-    visual = lm.config.visual
-    lm.to(device, torch.float64 if config.precision == "float64" else None)
+    task = dict(generate=Generate, understand=Understand)[config.task](config, ranks)
+    path, name = task.folder / task.state, config.phase or "ar"
+    resumed = open_run(path, config)
+    if resumed and resumed["tokenizer"] != task.which:
+        raise UserError(f"{path} learned from another tokenizer than {config.tokenizer}: pass --tokenizer with that one, or --overwrite")
+    task.folder.mkdir(parents=True, exist_ok=True)
+    task.net.to(device, torch.float64 if config.precision == "float64" else None)
     first_step = 0
     if resumed:
-        lm.load_state_dict(resumed["model"])
+        task.net.load_state_dict(resumed["model"])
         first_step = resumed["step"]
-    net = ranks.run(PictureLM(lm))
+    task.net.train()
+    if config.checkpointing:
+        task.lm.gradient_checkpointing_enable(dict(use_reentrant=False))
+    if config.compile:
+        task.net.compile()
+    net, learning = ranks.run(task.net), [p for p in task.net.parameters() if p.requires_grad]
     how = dict(lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.weight_decay, fused=device.type != "mps")
     if ranks.size > 1:                                                        # ZeRO-1 [T9]: each rank keeps its share of the moments
         from torch.distributed.optim import ZeroRedundancyOptimizer           # a second to import
-        optimizer = ZeroRedundancyOptimizer(net.parameters(), optimizer_class=torch.optim.AdamW, **how)
+        optimizer = ZeroRedundancyOptimizer(learning, optimizer_class=torch.optim.AdamW, **how)
     else:
-        optimizer = torch.optim.AdamW(net.parameters(), **how)
+        optimizer = torch.optim.AdamW(learning, **how)
     if resumed:
         optimizer.load_state_dict(resumed["optimizer"])
 
@@ -346,34 +539,25 @@ def train(config, ranks):
         if ranks.size > 1:
             optimizer.consolidate_state_dict(to=0)                            # all ranks send theirs
         if ranks.first:
-            save_checkpoint(path, dict(model=lm.state_dict(), optimizer=optimizer.state_dict(), step=step, tokenizer=which, config=asdict(config)))
+            save_checkpoint(path, dict(model=task.net.state_dict(), optimizer=optimizer.state_dict(), step=step, tokenizer=task.which, config=asdict(config)))
 
-    @torch.no_grad()
-    def validate():
-        """Draws the first validation captions; -> mean loss of the validation images, captions and all, and those captions."""
-        total = 0.0
-        for at in range(0, len(val_at), micro):
-            codes, texts = val_fetch(val_at[at:at + micro])
-            ids, mask = (t.to(device) for t in layout(text_tokenizer, visual, texts, codes))
-            total += picture_loss(PictureLM(lm), ids, mask, visual).item() * len(texts)
-        prompts = val_fetch(val_at[:16])[1]
-        save_image(make_grid(draw(lm, text_tokenizer, tokenizer, prompts, config.seed), nrow=8), out / "samples.png")
-        return total / len(val_at), prompts
-
-    log = Log(out / "log_ar.jsonl", first_step, ranks.first)
-    bar = tqdm(total=config.total_steps, initial=first_step, desc="generator", unit="step", disable=not ranks.first)
-    val_at = range(VALIDATION, VALIDATION + config.val_images) if val_size is None else range(min(config.val_images, val_size))
+    log = Log(out / f"log_{name}.jsonl", first_step, ranks.first)
+    bar = tqdm(total=config.total_steps, initial=first_step, desc=config.phase or "generator", unit="step", disable=not ranks.first)
+    starts = (step * config.batch_size + ranks.rank * local + i * micro for step in range(first_step, config.total_steps) for i in range(accumulate))
+    stream = task.stream(starts, micro)
     amp = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
     last_log = first_step, time.time()
     ranks.catch_stop()
 
     for step in range(first_step, config.total_steps + 1):
-        # Once in a while: validate, draw, save.
+        # Once in a while: validate, save.
         last = step == config.total_steps
         if ranks.first and (last or (step > first_step and step % config.eval_every == 0)):
-            with amp:
-                val_loss, prompts = validate()
-            log(step=step, val_loss=val_loss)
+            task.net.eval()
+            with amp, torch.no_grad():
+                found = task.validate(micro)
+            task.net.train()
+            log(step=step, **found)
         stop = ranks.stopping()
         if last or stop or (step > first_step and step % config.save_every == 0):
             save(step)
@@ -387,17 +571,13 @@ def train(config, ranks):
             group["lr"] = config.lr * factor
         loss_sum = 0
         for i in range(accumulate):
-            at = step * config.batch_size + ranks.rank * local + i * micro
-            codes, texts = fetch(range(at, at + micro))                       # (b, N), [b]
-            keep = uniforms(~torch.arange(at, at + micro) - (config.seed << 42), 1)[:, 0] >= config.caption_drop    # no picture has a negative number
-            ids, mask = layout(text_tokenizer, visual, [text if k else "" for text, k in zip(texts, keep)], codes)
-            ids, mask = ids.to(device, non_blocking=True), mask.to(device, non_blocking=True)         # (b, T + N + 2)
+            batch = [t.to(device, non_blocking=True) for t in next(stream)]
             with contextlib.nullcontext() if ranks.size == 1 or i == accumulate - 1 else net.no_sync():       # reduce gradients once
                 with amp:
-                    loss = picture_loss(net, ids, mask, visual)
+                    loss = task.loss(net, *batch)
                 (loss / accumulate).backward()
             loss_sum += loss.detach() / accumulate
-        grad_norm = nn.utils.clip_grad_norm_(lm.parameters(), config.clip)
+        grad_norm = nn.utils.clip_grad_norm_(learning, config.clip)
         loss, grad_norm = torch.stack([ranks.sum(loss_sum) / ranks.size, grad_norm]).tolist()        # the step's one wait for the GPU
         check_finite({"cross-entropy": loss, "gradient norm of the": grad_norm}, step)
         optimizer.step()
@@ -408,28 +588,34 @@ def train(config, ranks):
         if (step + 1) % config.log_every == 0:
             rate = (step + 1 - last_log[0]) * config.batch_size / (time.time() - last_log[1])
             last_log = step + 1, time.time()
-            log(step=step + 1, loss=loss, grad_norm=grad_norm, lr=config.lr * factor, images_per_s=rate, tokens_per_s=rate * visual["tokens"])
+            log(step=step + 1, loss=loss, grad_norm=grad_norm, lr=config.lr * factor, images_per_s=rate)
             bar.set_postfix_str(f"loss {loss:.3f}, {rate:.0f} images/s")
     bar.close()
-    if ranks.first:
-        lm.float().save_pretrained(folder)
-        text_tokenizer.save_pretrained(folder)
+    if ranks.first and last:
+        task.lm.float().save_pretrained(task.folder)
+        task.text_tokenizer.save_pretrained(task.folder)
+        print(f"\n  {task.finish()}")
+        for what, value in found.items():
+            print(f"  {what:24}{value:.3f}")
+        print(f"  {'parameters':24}{sum(p.numel() for p in task.net.parameters()) / 1e6:.2f} million\n  {'time':24}{(time.time() - start) / 60:.1f} minutes\n"
+              f"  {'model':24}{task.folder}\n\nNext: python {task.next}{'' if str(out) == 'out/tiny' else f' --out_dir {out}'}")
     ranks.wait()
     if stop and not last:
         ranks.say(f"stopped at step {step}, all saved. Go on with: {resume_command()}")
-        return
-    if ranks.first:
-        millions, chance = sum(p.numel() for p in lm.parameters()) / 1e6, math.log(visual["codes"])
-        print(f"\n  {'parameters':24}{millions:.2f} million\n  {'validation loss':24}{val_loss:.3f} nats a token ({chance:.2f} is chance)\n"
-              f"  {'time':24}{(time.time() - start) / 60:.1f} minutes\n  {'pictures':24}{out / 'samples.png'}\n  {'generator':24}{folder}\n\n"
-              f"Next: python sample.py{'' if str(out) == 'out/tiny' else f' --out_dir {out}'} --prompt {shlex.quote(prompts[0])}")
+    return last
 
 def main():
-    config, _, origin = parse_config(ARConfig, PRESETS, lambda values: [values["config"]])
-    ranks = Ranks(config.device)
-    if ranks.first:
-        print_config(origin, config)
-    train(config, ranks)
+    config, _, origin = parse_config(ARConfig, PRESETS, preset_order)
+    ranks, both = Ranks(config.device), config.task == "understand" and not config.phase
+    resumed = [config.resume and (Path(config.out_dir) / "mllm" / f"{phase}.pt").exists() for phase in ("pretrain", "sft")]
+    for phase, resume in zip(("pretrain", "sft"), resumed) if both else [(config.phase, config.resume)]:
+        if both and phase == "pretrain" and resumed[1]:
+            continue                                                          # it was done when SFT began
+        config, _, origin = parse_config(ARConfig, PRESETS, preset_order, argv=[*sys.argv[1:], "--phase", phase, "--resume" if resume else "--no-resume"])
+        if ranks.first:
+            print_config(origin, config)
+        if not train(config, ranks):
+            break
 
 if __name__ == "__main__":
     command_line(main)

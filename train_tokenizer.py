@@ -14,20 +14,7 @@ Train the VQRAE tokenizer: the paper's two stages, and before them a stage 0 for
 
 In reading order: the configuration on one screen, data, stage 0, stages 1 and 2; last the shapes world.
 """
-import contextlib
-import copy
-import io
-import itertools
-import json
-import math
-import os
-import re
-import shlex
-import signal
-import sys
-import tarfile
-import time
-import zlib
+import contextlib, copy, io, itertools, json, math, os, re, shlex, signal, sys, tarfile, time, zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -41,13 +28,12 @@ from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from vqrae import (MODELS, VQRAE, Discriminator, Encoder, Log, PerceptualLoss, Ranks, UserError, VQRAEConfig, check_finite, command_line,
+from vqrae import (MODELS, VQRAE, Discriminator, Encoder, Log, PerceptualLoss, Ranks, UserError, VQRAEConfig, check_finite, command_line, explained,
                    distill_loss, full, hinge_d_loss, lecam, load_checkpoint, load_encoder_weights, open_run, parse_config,
                    print_config, psnr, resume_command, save_checkpoint, save_tokenizer, split_batch)
 
 # ---- Configuration. Defaults are stage 1 of SigLIP2-so400m 256. Sources: [T7] the paper's Table 7, [TiTok] inherited from the
 # code it adapts, [ours]. Every field, and every field of VQRAEConfig, is a flag.
-
 @dataclass
 class TrainConfig:
     config: Literal["tiny", "siglip2_base_256", "siglip2_256", "siglip2_512", "internvit_448"] = "tiny"  # model and its presets
@@ -60,6 +46,9 @@ class TrainConfig:
     overwrite: bool = False               # start over although this stage has a checkpoint
     device: str = ""                      # cuda, mps or cpu; "": the first of them that is there
     precision: Literal["bf16", "float32", "float64"] = "bf16"  # [T7] autocast; losses and code distances stay float32
+    compile: bool = False                 # torch.compile of the tokenizer: some minutes first, then faster steps on a GPU
+    checkpointing: bool = False           # recompute activations in the backward pass: less memory, more time
+    tf32: bool = False                    # float32 products in TensorFloat-32 on a GPU, the code search included
     seed: int = 0                         # of weights, order and crops
     # data
     batch_size: int = 1024                # [T7] images a step, over all ranks and accumulation
@@ -126,7 +115,6 @@ def preset_order(values):
 
 # ---- Data. Everything is a function of (seed, position): position 0, 1, 2, ... counts the images a run has seen, so that any
 # number of ranks and workers, and a resumed run, see the same images in the same order with the same crops.
-
 Image.MAX_IMAGE_PIXELS = 128 * 1024 * 1024        # more is refused as a decompression bomb
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -155,7 +143,6 @@ def crop(image, size, u=(0.5, 0.5, 1.0), flip=False):
 
 class Images(torch.utils.data.Dataset):
     """Images of a folder or of tar shards by position, with caption and class. Unreadable ones are stepped over."""
-
     def __init__(self, source, size, seed=0, train=True, random_crop=False, random_flip=False, part=None):
         """part: None for all, "train" for all but every 20th image, "val" for those. size: pixels a side."""
         self.source, self.size, self.seed, self.train = source, size, seed, train
@@ -210,11 +197,9 @@ def read_folder(folder):
     captions = {}
     for metadata in folder.rglob("metadata.jsonl"):
         for number, line in enumerate(metadata.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-            try:
+            with explained(f"{metadata}, line {number}: not JSON with a file_name: {line[:60]!r}; mend or remove that line"):
                 row = json.loads(line)
                 captions[metadata.parent / row["file_name"]] = row
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{metadata}, line {number}: not JSON with a file_name: {line[:60]!r}; mend or remove that line") from None
     records = []
     for path in files:
         row = captions.get(path, {})
@@ -284,7 +269,6 @@ def resize(images, size):
 # ---- Stage 0 (ours; only where encoder_weights is "stage0"): a small ViT learns what SigLIP2 learns, in seconds. Captions by
 # SigLIP's sigmoid loss, and what is where (SigLIP2 learns that from a captioning decoder, we from the renderer). No pixel loss:
 # like any semantic encoder it may forget tints and shades, and stage 2 will have something to win back.
-
 class Pretrainer(nn.Module):
     def __init__(self, encoder, dim, width=128, words=8192):
         super().__init__()
@@ -340,7 +324,6 @@ def pretrain(config, model_config, ranks, path):
     ranks.wait()
 
 # ---- Stages 1 and 2 -------------------------------------------------------------------------------------------------
-
 def lr_factor(step, warmup, total, floor):
     """Linear warmup to 1, cosine to `floor`."""
     if step < warmup:
@@ -387,17 +370,19 @@ def check_same_model(saved, model_config, path):
         raise UserError(f"{path} is of another model: " + ", ".join(f"{n} is {saved.get(n)} there, {getattr(model_config, n)} here" for n in differ))
 
 @torch.no_grad()
-def start_codebook(model, config, dataset, ranks):
-    """Start the codes on this data's own latents, drawn by rank 0 for all. Measured: README, "codebook start"."""
+def start_bottleneck(model, config, dataset, ranks):
+    """Start to_code and the codes on this data's own features and pixels, looked at by rank 0 for all."""
     model.to(ranks.device)
     if ranks.first:
-        size, rows, want = model.config.image_size, [], 16 * model.config.codebook_size
-        positions = range(max(64, want // model.config.num_tokens + 1))
+        size, p, Z_I, pixels = model.config.image_size, model.config.patch_size, [], []
+        positions = range(max(64, 32 * model.config.codebook_size // model.config.num_tokens))
         for batch in batches(dataset, size, positions, min(64, config.batch_size), config.num_workers):
-            rows.append(model.to_code(model.encode(batch["image"].to(ranks.device))).flatten(0, 1))
-        model.quantizer.init_codebook(torch.cat(rows))
+            images = batch["image"].to(ranks.device)
+            Z_I.append(model.encode(images).flatten(0, 1))                                    # (B N, d)
+            pixels.append(F.unfold(images, p, stride=p).transpose(1, 2).unflatten(2, (3, -1)).flatten(0, 1))      # (B N, 3, p p)
+        model.start_on(torch.cat(Z_I), torch.cat(pixels))
     if ranks.size > 1:
-        for tensor in (model.quantizer.codebook, model.quantizer.proj.weight):
+        for tensor in (*model.to_code.state_dict().values(), *(model.quantizer.state_dict().values() if model.quantizer else [])):
             torch.distributed.broadcast(tensor, 0)
 
 @torch.no_grad()
@@ -450,11 +435,16 @@ def train(config, model_config, ranks):
 
     frozen = config.encoder_lr == 0
     model.encoder.requires_grad_(not frozen)
-    if model.quantizer and not resumed and (config.stage == 1 or config.init_from == "none"):
-        start_codebook(model, config, data, ranks)
+    if not resumed and (config.stage == 1 or config.init_from == "none"):
+        start_bottleneck(model, config, data, ranks)
     for part in filter(None, (model, teacher, perceptual, discriminator)):
         part.to(device, torch.float64 if config.precision == "float64" else None)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
+    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+    model.encoder.vit.set_grad_checkpointing(config.checkpointing and not frozen)
+    model.decoder.vit.set_grad_checkpointing(config.checkpointing)
+    if config.compile:
+        model.compile()
     optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=(config.beta1, config.beta2), fused=device.type != "mps")
     d_optimizer = discriminator and torch.optim.AdamW(discriminator.parameters(), lr=config.disc_lr, betas=(config.beta1, config.beta2),
                                                       weight_decay=config.weight_decay)
@@ -629,7 +619,6 @@ def main():
 
 # ---- The shapes world: 64 x 64 pictures of one to four objects, drawn by the thousand a second. Picture i is a function of i
 # alone. From VALIDATION on they are for validation, and only there do HELD_OUT pairs of shape and colour appear.
-
 VALIDATION = 1 << 40
 SIDE, WINDOW = 64, 38                             # pixels a picture; pixels a window that holds any one object
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
@@ -639,7 +628,7 @@ PALETTE = torch.tensor(list(COLORS.values()))
 HELD_OUT = (torch.arange(6)[:, None] + 3) % 8 == torch.arange(8)              # (shape, color): green circle, cyan square, ...
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr", "scene")    # GenEval's six, and one more
 RELATIONS = ("left of", "right of", "above", "below")
-NUMBERS = ("one", "two", "three", "four")
+NUMBERS = ("zero", "one", "two", "three", "four")
 
 class Scene(NamedTuple):
     """What is in B pictures; objects in four places of which the first `count` are taken."""
@@ -669,9 +658,9 @@ def uniforms(index, n):
     return ((x >> 40) & 0xFFFFFF).float() / (1 << 24)
 
 def plan(index, task=None):
-    """Picture numbers (B,) int64 -> Scene. task: an index into TASKS to have that one alone."""
+    """Picture numbers (B,) int64 -> Scene. task: an index into TASKS, or one each (B,), to have that and no other."""
     u = uniforms(index, 48)
-    task = (u[:, 0] * len(TASKS)).long() if task is None else torch.full_like(index, task)
+    task = (u[:, 0] * len(TASKS)).long() if task is None else torch.as_tensor(task).expand_as(index)
     low = torch.tensor([1, 2, 2, 1, 2, 2, 3])[task]                           # objects a task has at least, and how many more
     count = low + (u[:, 1] * torch.tensor([1, 1, 3, 1, 1, 1, 2])[task]).long()
     shape, color = u[:, 2:8].argsort(1)[:, :4], u[:, 8:16].argsort(1)[:, :4]  # all different (but for the swap below),
@@ -684,14 +673,20 @@ def plan(index, task=None):
     pairs = torch.tensor([[0, 1], [1, 0], [0, 2], [2, 0], [2, 3], [3, 2], [1, 3], [3, 1]])            # first, second by relation
     cells[:, :2] = torch.where((task == 4)[:, None], pairs[relation + 4 * (u[:, 20] < 0.5)], cells[:, :2])
     alone = (count == 1)[:, None]
-    radius = torch.where(alone, 10 + 5 * u[:, 21:25], 10 + 2 * u[:, 21:25])
-    room = torch.where(alone, 31 - 1.1 * radius, 13 - radius)                 # objects never touch each other or the edge
+    radius = torch.where(alone, 11 + 2 * u[:, 21:25], 10 + 2 * u[:, 21:25])
+    room = torch.where(alone, 4, 13 - radius)                                  # objects never touch each other or the edge
     x = torch.where(alone, 32, 16 + 32 * (cells % 2)) + room * (2 * u[:, 25:29] - 1)
     y = torch.where(alone, 32, 16 + 32 * (cells // 2)) + room * (2 * u[:, 29:33] - 1)
-    angle = 0.2 * u[:, 33:37] - 0.1
-    rgb = (PALETTE[color] * (0.97 + 0.06 * u[:, 37:41, None])).clamp(max=1)
-    background = 0.75 + 0.2 * u[:, 41:42] + 0.04 * (u[:, 42:45] - 0.5)        # greyish, so that every object stands out
-    return Scene(task, count, relation, shape, color, x, y, radius, angle, rgb, background, 0.08 * (u[:, 45:47] - 0.5))
+    angle = 0.1 * u[:, 33:37] - 0.05
+    rgb = (PALETTE[color] * (0.98 + 0.04 * u[:, 37:41, None])).clamp(max=1)
+    background = 0.80 + 0.12 * u[:, 41:42] + 0.02 * (u[:, 42:45] - 0.5)        # greyish, so that every object stands out
+    return Scene(task, count, relation, shape, color, x, y, radius, angle, rgb, background, 0.06 * (u[:, 45:47] - 0.5))
+
+def plural(shape):
+    return shape + ("es" if shape == "cross" else "s")
+
+def article(thing):
+    return f"{'an' if thing[0] == 'o' else 'a'} {thing}"
 
 def captions(scene):
     """Scene -> B captions in GenEval's wording, without its "a photo of"."""
@@ -700,13 +695,42 @@ def captions(scene):
         shapes = [SHAPES[s] for s in shapes[:n]]
         named = [f"{list(COLORS)[c]} {s}" for c, s in zip(colors, shapes)]
         if TASKS[task] == "counting":
-            out.append(f"{NUMBERS[n - 1]} {shapes[0]}{'es' if shapes[0] == 'cross' else 's'}")
+            out.append(f"{NUMBERS[n]} {plural(shapes[0])}")
             continue
-        things = [f"{'an' if t[0] == 'o' else 'a'} {t}" for t in (shapes if TASKS[task] in ("single_object", "two_object") else named)]
+        things = [article(t) for t in (shapes if TASKS[task] in ("single_object", "two_object") else named)]
         if TASKS[task] == "position":
             out.append(f"{things[0]} {RELATIONS[relation]} {things[1]}")
         else:
             out.append(" and ".join(filter(None, (", ".join(things[:-1]), things[-1]))))
+    return out
+
+def questions(index, scene, rounds=1):
+    """Picture numbers (B,) and their Scene -> for each picture its {question: (kind, answer)}, up to four kinds a round, shuffled."""
+    out = []
+    facts = zip(uniforms(index, 48 + 12 * rounds)[:, 48:].tolist(), *(t.tolist() for t in (scene.count, scene.shape, scene.color, scene.x, scene.y)))
+    for chance, n, shapes, colors, xs, ys in facts:
+        asked, things = {}, [(list(COLORS)[c], SHAPES[s]) for c, s in zip(colors[:n], shapes)]
+        drawn = [shape for _, shape in things]
+        for u in zip(*[iter(chance)] * 12):
+            i, j = int(u[0] * n), int(u[1] * n)
+            color, shape = things[i]
+            if u[2] < 0.5:                                                    # POPE asks half its questions about what is not there,
+                color = list(COLORS)[int(u[3] * 8)]
+                shape = SHAPES[int(u[4] * 6)] if u[5] < 0.5 else shape        # half of those with something right
+            asked[f"is there {article(color)} {shape}?"] = "presence", "yes" if (color, shape) in things else "no"
+            if u[6] < 0.4 and len(set(drawn)) == n:                           # else nearly all answers were "one"
+                asked["how many objects are there?"] = "counting", NUMBERS[n]
+            else:
+                shape = drawn[i] if u[6] < 0.8 else SHAPES[int(u[7] * 6)]
+                asked[f"how many {plural(shape)} are there?"] = "counting", NUMBERS[drawn.count(shape)]
+            if drawn.count(drawn[i]) == 1:
+                asked[f"what color is the {drawn[i]}?"] = "color", things[i][0]
+            dx, dy = xs[i] - xs[j], ys[i] - ys[j]
+            if drawn[i] != drawn[j] and max(abs(dx), abs(dy)) > 8:
+                across = abs(dx) > abs(dy)
+                asked[f"is the {drawn[i]} {'left or right of' if across else 'above or below'} the {drawn[j]}?"] = (
+                    "position", ("left" if dx < 0 else "right") if across else "above" if dy < 0 else "below")
+        out.append(dict(sorted(asked.items(), key=lambda item: zlib.crc32(f"{chance[-1]} {item[0]}".encode()))))
     return out
 
 EXTENT = 1.3                                      # half the side of ATLAS, in radii

@@ -32,22 +32,7 @@ D, X'             | Decoder, VQRAE.detokenize              q                  | 
 
 In reading order: configuration, encoder, quantiser, decoder, the whole, losses, files; last what the scripts share.
 """
-import argparse
-import contextlib
-import dataclasses
-import inspect
-import io
-import json
-import math
-import os
-import re
-import shlex
-import shutil
-import signal
-import sys
-import time
-import urllib.request
-import warnings
+import argparse, contextlib, dataclasses, inspect, io, json, math, os, re, shlex, shutil, signal, sys, time, urllib.request, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -68,8 +53,17 @@ from torchvision.models import ConvNeXt_Small_Weights, VGG16_Weights, convnext_s
 class UserError(ValueError):
     """A mistake the user can mend. Its text says what is wrong, where, and what to do; the scripts print it as one line."""
 
-# ---- Configuration --------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def explained(message, *kinds):
+    """Inside, errors of these kinds (default: all) become a UserError: `message`, and the first words of what happened."""
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds or Exception as error:
+        raise UserError(f"{message} ({' '.join(str(error).split())[:200]})") from error
 
+# ---- Configuration --------------------------------------------------------------------------------------------------
 @dataclass
 class VQRAEConfig:
     encoder: str = "vit_so400m_patch16_siglip_256.v2_webli"  # any timm ViT; the decoder is the same architecture
@@ -118,15 +112,12 @@ MODELS = {
 }
 
 # ---- Encoder --------------------------------------------------------------------------------------------------------
-
 def create_vit(config, **changes):
     """The config's timm ViT without head or pooling, randomly initialised. A pooling head would hold weights that never
     get a gradient, which DDP refuses."""
     kwargs = dict(img_size=config.image_size, patch_size=config.patch_size, embed_dim=config.dim)
-    try:
+    with explained(f"timm cannot build {config.encoder} with {config.encoder_kwargs}, dim {config.dim}"):
         return timm.create_model(config.encoder, num_classes=0, global_pool="", **{**kwargs, **config.encoder_kwargs, **changes})
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"timm cannot build {config.encoder} with {config.encoder_kwargs}, dim {config.dim}: {error}") from error
 
 class Encoder(nn.Module):
     """The vision foundation model E (section 3.2): images (B, 3, h, w) in [0, 1] -> Z_I (B, N, d).
@@ -134,7 +125,6 @@ class Encoder(nn.Module):
     Z_I is what an MLLM reads: the last block's output *before* a final norm (transformers' hidden_states[-1], LLaVA's
     layer -1; SigLIP has a norm after it, InternViT none). Weights start random; `load_encoder_weights` fills them.
     """
-
     def __init__(self, config):
         super().__init__()
         self.vit = create_vit(config)
@@ -155,21 +145,45 @@ def to_timm_keys(state):
             state = {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)}
     if "patch_embed.proj.weight" in state:
         return state
+    out = {}
+    for key, value in state.items():
+        key = timm_key(key)
+        out[key] = value[None] if key == "pos_embed" and value.ndim == 2 else value
+    for key in [key for key in out if ".q_proj." in key]:
+        parts = [out.pop(key.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
+        out[key.replace("q_proj", "qkv")] = torch.cat(parts)
+    return out
+
+def timm_key(key):
+    """A weight's name in transformers' vision towers -> in timm's ViT; q_proj, k_proj and v_proj stay apart."""
     renames = (("embeddings.patch_embeddings.projection", "patch_embed.proj"), ("embeddings.patch_embedding", "patch_embed.proj"),
                ("embeddings.cls_token", "cls_token"), ("embeddings.position_embeddings", "pos_embed"),
                ("embeddings.position_embedding.weight", "pos_embed"), ("encoder.layers.", "blocks."), ("encoder.layer.", "blocks."),
                ("lambda_1", "ls1.gamma"), ("lambda_2", "ls2.gamma"), ("post_layernorm", "norm"), ("layernorm_before", "norm1"),
                ("layernorm_after", "norm2"), ("layer_norm1", "norm1"), ("layer_norm2", "norm2"), ("self_attn.out_proj", "attn.proj"),
                ("attention.projection_layer", "attn.proj"), ("self_attn.", "attn."), ("attention.", "attn."))
-    out = {}
-    for key, value in state.items():
-        for old, new in renames:
-            key = key.replace(old, new)
-        out[key] = value[None] if key == "pos_embed" and value.ndim == 2 else value
-    for key in [key for key in out if ".q_proj." in key]:
-        parts = [out.pop(key.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
-        out[key.replace("q_proj", "qkv")] = torch.cat(parts)
-    return out
+    for old, new in renames:
+        key = key.replace(old, new)
+    return key
+
+def swap_encoder(mllm, encoder):
+    """Put `encoder` in the place of the vision tower of a transformers MLLM built on the same ViT (InternVL3, a LLaVA with SigLIP):
+    section 3.4, no training. What lies past the tap, a final norm or a pooling head, stays. README, "Into a published MLLM"."""
+    ours, tower, used, state = encoder.vit.state_dict(), mllm.model.vision_tower, set(), {}
+    for key, old in tower.state_dict().items():
+        name = timm_key(key.removeprefix("vision_model."))
+        letter = re.search(r"\.([qkv])_proj\.", name)
+        source = name.replace(letter[0], ".qkv.") if letter else name
+        used.add(source)
+        new = old if name.startswith(("norm.", "layernorm.", "head.")) else ours.get(source, old[:0])
+        new = new.chunk(3)["qkv".index(letter[1])] if letter and len(new) else new
+        if new.numel() != old.numel():
+            raise UserError(f"the MLLM's vision tower is another ViT than the encoder: {key} is {tuple(old.shape)} there and {tuple(new.shape)} here")
+        state[key] = new.reshape(old.shape)
+    if missing := ours.keys() - used:
+        raise UserError(f"the MLLM's vision tower is another ViT than the encoder: it lacks {', '.join(sorted(missing)[:3])}")
+    tower.load_state_dict(state)
+    return mllm
 
 def hub_file(repo, name, remedy="pass --encoder_weights FILE"):
     """A file of a hub repository: from the cache, else downloaded. Says within seconds when there is no network, where
@@ -177,10 +191,8 @@ def hub_file(repo, name, remedy="pass --encoder_weights FILE"):
     with contextlib.suppress(LocalEntryNotFoundError):
         return hf_hub_download(repo, name, local_files_only=True)
     url = f"{constants.ENDPOINT}/{repo}/resolve/main/{name}"
-    try:
+    with explained(f"cannot reach {url}: fetch it where there is a network, then {remedy}", OSError):
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=3).close()
-    except OSError as error:
-        raise UserError(f"cannot reach {url} ({error}): fetch it where there is a network, then {remedy}") from error
     return hf_hub_download(repo, name)
 
 def load_encoder_weights(encoder, source):
@@ -193,24 +205,18 @@ def load_encoder_weights(encoder, source):
         path = hub_file(repo, "model.safetensors")
     if not Path(path).is_file():
         raise UserError(f"no file {path}: --encoder_weights takes hub (where timm has the weights there), random, or a .safetensors or .pt file")
-    try:
+    with explained(f"{path} is damaged", SafetensorError):
         state = load_file(path) if str(path).endswith(".safetensors") else load_checkpoint(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
     state = {key: value for key, value in to_timm_keys(state.get("encoder", state)).items()
              if not key.startswith(("attn_pool.", "head.", "norm.", "fc_norm."))}
     vit = encoder.vit
     if "pos_embed" in state and state["pos_embed"].shape != vit.pos_embed.shape:      # another image size
         prefix = vit.num_prefix_tokens if state["pos_embed"].shape[1] != math.isqrt(state["pos_embed"].shape[1]) ** 2 else 0
         state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], vit.patch_embed.grid_size, num_prefix_tokens=prefix)
-    try:
+    with explained(f"{path} does not fit the encoder {vit.pretrained_cfg['architecture']}"):
         vit.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise UserError(f"{path} does not fit the encoder {vit.pretrained_cfg['architecture']}: "
-                        + " ".join(str(error).split())[:300]) from error
 
 # ---- Quantiser ------------------------------------------------------------------------------------------------------
-
 def full(x):
     """Out of autocast's bfloat16: float32, or float64 where everything is."""
     return x if x.dtype == torch.float64 else x.float()
@@ -226,22 +232,6 @@ def nearest(z, codes, max_elements=1 << 23):
     rows = z.split(max(1, max_elements // len(codes)))                        # at most 32 MB of float32 distances
     return torch.cat([torch.addmm(half, row, codes.T, alpha=-1).argmin(1) for row in rows])
 
-class ChosenCodes(torch.autograd.Function):
-    """codes[indices] for codes = C W^T computed without autograd. W's gradient then needs the chosen rows of C alone: M e^2
-    multiplications, or k e^2 where that is less, instead of remembering and redoing the projection of the whole codebook."""
-
-    @staticmethod
-    def forward(ctx, W, C, codes, indices):
-        ctx.save_for_backward(C, indices)
-        return codes[indices]                                                 # (M, e)
-
-    @staticmethod
-    def backward(ctx, grad):                                                  # (M, e)
-        C, indices = ctx.saved_tensors
-        if len(indices) < len(C):
-            return grad.T @ C[indices], None, None, None                      # (e, e)
-        return torch.zeros_like(C).index_add_(0, indices, grad).T @ C, None, None, None
-
 class SimVQ(nn.Module):
     """SimVQ (Zhu et al. 2024), eq. 1: the codes are C W with C frozen and only W learned, so that one used code moves all of
     them and none is left behind to die.
@@ -249,7 +239,6 @@ class SimVQ(nn.Module):
     forward(z (B, N, e)) -> z_q (B, N, e), indices (B, N) int64, loss (scalar, eq. 3). z_q has exactly the codes' values,
     and hands its gradient straight to z.
     """
-
     def __init__(self, codebook_size, codebook_dim, beta=0.25):
         super().__init__()
         self.beta = beta
@@ -259,12 +248,10 @@ class SimVQ(nn.Module):
     def forward(self, z):                                                     # (B, N, e)
         with no_autocast(z):                                                  # distances in float32, whatever the rest is in
             z = full(z)
-            flat = z.flatten(0, 1)                                            # (M, e), M = B N
             with torch.no_grad():
                 codes = self.proj(self.codebook)                              # (k, e)
-                indices = nearest(flat, codes)                                # (M,)
-            z_q = ChosenCodes.apply(self.proj.weight, self.codebook, codes, indices)                   # (M, e)
-            z_q, indices = z_q.view_as(z), indices.view(z.shape[:-1])
+                indices = nearest(z.flatten(0, 1), codes).view(z.shape[:-1])  # (B, N)
+            z_q = self.lookup(indices)                                        # (B, N, e): the chosen rows again, now for W's gradient
             loss = F.mse_loss(z_q, z.detach()) + self.beta * F.mse_loss(z, z_q.detach())
         return z_q.detach() + (z - z.detach()), indices, loss     # z + (z_q - z).detach() would round: 0.016 off in bf16
 
@@ -274,7 +261,7 @@ class SimVQ(nn.Module):
 
     @torch.no_grad()
     def init_codebook(self, latents, iterations=5):
-        """Start the codes on the data: C = k means of latents Z_c (M, e), M >= k, and W = I. Measured: README, "codebook start"."""
+        """Start the codes on the data: C = k means of latents Z_c (M, e), M >= k, and W = I. See VQRAE.start_on."""
         k = len(self.codebook)
         assert len(latents) >= k, "fewer latents than codes"
         spare = lambda: latents[torch.randperm(len(latents), device=latents.device)[:k]]
@@ -287,11 +274,9 @@ class SimVQ(nn.Module):
         nn.init.eye_(self.proj.weight)
 
 # ---- Decoder --------------------------------------------------------------------------------------------------------
-
 class Decoder(nn.Module):
     """The encoder's mirror D: Z_bot (B, N, d) -> X' (B, 3, grid q, grid q), about [0, 1], not clamped. The same timm
     architecture created a second time with patch size 1 on a "picture" of d channels and one pixel a token."""
-
     def __init__(self, config):
         super().__init__()
         self.grid, self.q = config.grid, config.q or config.patch_size
@@ -306,7 +291,6 @@ class Decoder(nn.Module):
         return F.pixel_shuffle(x.unflatten(2, (self.grid, self.grid)), self.q)  # (B, 3, grid q, grid q)
 
 # ---- The whole ------------------------------------------------------------------------------------------------------
-
 class Output(NamedTuple):
     reconstruction: torch.Tensor        # X' (B, 3, H, W), not clamped
     Z_I: torch.Tensor                   # (B, N, d)
@@ -316,7 +300,6 @@ class Output(NamedTuple):
 class VQRAE(nn.Module, PyTorchModelHubMixin):
     """The tokenizer. Images are (B, 3, h, w) float in [0, 1], RGB, h = w = config.image_size; tokens (B, N) int64.
     `VQRAE(config)` has random weights; `VQRAE.from_pretrained(folder, strict=True)` reads what a script here saved."""
-
     def __init__(self, config: VQRAEConfig):
         super().__init__()
         self.config = config
@@ -339,6 +322,25 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         return Output(self.decoder(self.from_code(z)), Z_I, indices, vq_loss)
 
     @torch.no_grad()
+    def start_on(self, Z_I, pixels):                                          # M patches: features (M, d), pixels (M, 3, p p)
+        """Start the bottleneck on data. to_code: the linear map (ridge regression) from a patch's features to its pixels, in their
+        principal components, at unit variance, so that near in the code space means alike to the eye. The codes: k means of 16 k
+        such latents, drawn in proportion to their detail, or flat backgrounds took most. Measured: README, "Bottleneck start"."""
+        norm, linear = self.to_code
+        mean, y = norm(Z_I).mean(0), pixels.flatten(1)
+        x = norm(Z_I) - mean                                                  # (M, d)
+        ridge = 1e-3 * len(x) * torch.eye(x.shape[1], device=x.device)
+        A = torch.linalg.solve(x.T @ x + ridge, x.T @ (y - y.mean(0)))        # (d, 3 p p)
+        axes = torch.linalg.eigh((x @ A).T @ (x @ A)).eigenvectors.flip(1)    # (3 p p, 3 p p), the largest first
+        A = (A / (x @ A).std() @ axes)[:, :len(linear.weight)]                # (d, n), n = min(e, 3 p p)
+        n = A.shape[1]
+        linear.weight.mul_(0.1)[:n] = A.T                                     # dimensions beyond n stay small and random
+        linear.bias.zero_()[:n] = -mean @ A
+        if self.quantizer:
+            detail = pixels.var(2).mean(1)                                    # (M,) within each colour channel
+            self.quantizer.init_codebook(self.to_code(Z_I[torch.multinomial(detail + 5e-4, 16 * len(self.quantizer.codebook), replacement=True)]))
+
+    @torch.no_grad()
     def tokenize(self, images):                                               # X (B, 3, h, w)
         if self.quantizer is None:
             raise UserError("a tokenizer with quantizer none (RAE) has no tokens: train one with --quantizer simvq")
@@ -349,7 +351,6 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         return self.decoder(self.from_code(self.quantizer.lookup(indices)))   # X' (B, 3, H, W)
 
 # ---- Losses. All are means over elements, in float32. ---------------------------------------------------------------
-
 def distill_loss(Z_I, teacher_Z_I):
     """Eq. 5: keeps the continuous features where an MLLM expects them. (B, N, d), (B, N, d) -> scalar."""
     return F.mse_loss(full(Z_I), full(teacher_Z_I))
@@ -358,18 +359,13 @@ def torchvision_weights(path, url, flag):
     """A torchvision model's state dict: from the file `path`, else from the download's cache, else downloaded."""
     if path:
         return load_checkpoint(path)
-    try:
+    with explained(f"cannot download {url}: fetch it where there is a network and pass {flag} FILE, or train with --perceptual vfm", OSError):
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False)
-    except OSError as error:                                                  # urllib's URLError is one
-        raise UserError(f"cannot download {url} ({error}): fetch it where there is a network and pass {flag} FILE, "
-                        f"or train with --perceptual vfm") from error
 
 def fill(module, state, flag, prefix=""):
     """Load the part of `state` under `prefix`, every key of it."""
-    try:
+    with explained(f"not the weights that {flag} wants"):
         module.load_state_dict({k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}, strict=True)
-    except (RuntimeError, AttributeError) as error:
-        raise UserError(f"not the weights that {flag} wants: " + " ".join(str(error).split())[:200]) from error
 
 def build_lpips(weights=""):
     """LPIPS(VGG16). The lpips package carries its five linear layers; VGG16 is torchvision's, downloaded or a local file."""
@@ -389,7 +385,6 @@ class PerceptualLoss(nn.Module):
     1.1" means in TA-TiTok, whose code the paper adapts. "lpips": its first half. "vfm": MSE of the frozen VFM's own
     features (needs no download; tiny's default). All networks are frozen and in eval mode.
     """
-
     def __init__(self, kind="lpips_convnext", lpips_weights="", convnext_weights="", vfm=None):
         super().__init__()
         self.kind, self.vfm = kind, vfm
@@ -427,7 +422,6 @@ class PerceptualLoss(nn.Module):
 class Discriminator(nn.Module):
     """A patch discriminator in TiTok's shape: images (B, 3, H, W) in [0, 1] -> logits (B, 1, 16, 16). PyTorch's default
     initialisation; `width` 128 is TiTok's, smaller for tiny."""
-
     def __init__(self, width=128):
         super().__init__()
         widths = (width, width, 2 * width, 4 * width)
@@ -461,7 +455,6 @@ def psnr(x, y):
     return -10 * (x - y).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
 
 # ---- Files ----------------------------------------------------------------------------------------------------------
-
 def save_tokenizer(model, folder, teacher=None):
     """`folder`/config.json and model.safetensors, complete or not at all. `teacher`: a stage-0 encoder, which no hub has,
     goes along as teacher.safetensors."""
@@ -480,11 +473,8 @@ def load_tokenizer(folder, device="cpu"):
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
         raise UserError(f"{folder} is not a tokenizer folder (config.json and model.safetensors): "
                         f"python train_tokenizer.py makes out/tiny/tokenizer")
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):                       # the mixin announces what it does
-            return VQRAE.from_pretrained(str(folder), strict=True).to(device).eval()
-    except Exception as error:                                                # each kind of damage raises its own
-        raise UserError(f"{folder} cannot be read as a tokenizer: " + " ".join(str(error).split())[:300]) from error
+    with explained(f"{folder} cannot be read as a tokenizer"), contextlib.redirect_stdout(io.StringIO()):      # the mixin announces what it does
+        return VQRAE.from_pretrained(str(folder), strict=True).to(device).eval()
 
 def load_teacher(folder, config):
     """The frozen VFM that the tokenizer in `folder` began from, from the file beside it or the recorded source."""
@@ -499,27 +489,22 @@ def save_checkpoint(path, state):
     """Write to a temporary name, then rename: a full disk or a kill leaves the previous file whole."""
     partial = Path(f"{path}.partial")
     try:
-        with open(partial, "wb") as file:
+        with explained(f"cannot write {path}: the previous file is whole; free some space, then --resume"), open(partial, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
+            os.replace(partial, path)
+    finally:
         partial.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error}): the previous file is whole; free some space, then --resume") from error
 
 def load_checkpoint(path):
     """Tensors, numbers and dicts only: a pickle that would run code is refused, not run."""
-    try:
+    if not Path(path).is_file():
+        raise UserError(f"no file {path}")
+    with explained(f"{path} is not a readable checkpoint, or holds more than tensors and numbers: not loaded"):
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"no file {path}") from None
-    except Exception as error:                                                # torch raises a different one for each kind of damage
-        raise UserError(f"{path} is not a readable checkpoint, or holds more than tensors and numbers: not loaded "
-                        f"({' '.join(str(error).split())[:120]})") from error
 
 # ---- What the scripts share: command line, processes, log -----------------------------------------------------------
-
 def parse_config(cls, presets, order, model_class=None, models=None, argv=None):
     """Dataclass fields -> command-line flags -> values, each with its origin.
 
@@ -569,18 +554,15 @@ def print_config(origin, *configs):
 
 class Ranks:
     """This process among the others: one without torchrun, else as torchrun says (nccl on GPUs, gloo elsewhere)."""
-
     def __init__(self, device=""):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.first, self.stop_asked = self.rank == 0, False
         device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
         if device == "cuda":
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        try:
+        with explained(f"--device {device} cannot be used here"):
             self.device = torch.device(device)
             torch.empty(1, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if "RANK" in os.environ and not dist.is_initialized():
@@ -627,7 +609,6 @@ class Ranks:
 
 class Log:
     """log_*.jsonl: one object a line. A resumed run cuts what a killed one wrote past its last checkpoint."""
-
     def __init__(self, path, step, enabled):
         lines = path.read_text().splitlines(True) if enabled and step and path.exists() else []
         self.file = open(path, "w", buffering=1) if enabled else io.StringIO()
