@@ -5,10 +5,12 @@ How good is a tokenizer? Every number with its protocol.
     python eval.py A B ... --data FOLDER               several side by side, as a Markdown table
 
     ... --data FOLDER --part val                       the images that training without --val_data held out
+    python eval.py --vqa A B ...                       the MLLM's answers, with each tokenizer's encoder swapped in -> vqa.json
+    python eval.py --curves                            the logs of a run as curves.png
     python eval.py --generation                        pictures that train_ar.py's generator draws on demand -> geneval in eval.json
 
 In reading order: metrics, one function each (reconstruction, codebook, semantics); the checker of the shapes world; what a generator
-draws; the command line.
+draws and an MLLM answers; the command line.
 """
 import contextlib, json, math, time
 from dataclasses import dataclass
@@ -197,7 +199,7 @@ def semantics(model, teacher, dataset, config, ranks):
             rows.setdefault(name, []).append(z.mean(1).float().cpu())         # (B, N, d) -> (B, d)
         labels += batch["label"]
         small += [resize(images, 64).cpu()] * (len(labels) <= 4096)
-    draw_clusters({name: torch.cat(z) for name, z in rows.items() if name != "teacher"}, torch.cat(small), Path(config.out_dir) / "clusters.png")
+    if model.quantizer: draw_clusters({name: torch.cat(z) for name, z in rows.items() if name != "teacher"}, torch.cat(small), Path(config.out_dir) / "clusters.png")
     classes = {label: i for i, label in enumerate(sorted(set(labels)))}
     if len(classes) < 2:
         return dict(knn_top1=None, probe_top1=None), dict(semantics=f"{config.data} has no classes (folders, or label in metadata.jsonl)")
@@ -280,7 +282,7 @@ def objects_right(images, scene, near=6.0):
     return right & scene.present
 
 # ---- Generation: GenEval's six tasks, asked of a generator in the shapes world's words and judged by the checker
-def fulfilled(images, scene, near=6.0):
+def fulfilled(images, scene, least=6.0):
     """Does each picture (B, 3, 64, 64) show what its caption asks for? -> (B,) bool. As in GenEval, all that is named has to be there;
     more may be, except where the caption counts."""
     found, right = [[] for _ in images], []
@@ -288,11 +290,11 @@ def fulfilled(images, scene, near=6.0):
         found[b].append(thing)                                                # [shape, color, x, y]
     for things, task, n, relation, shapes, colors in zip(found, *(t.tolist() for t in (scene.task, scene.count, scene.relation, scene.shape, scene.color))):
         colored = TASKS[task] in ("colors", "position", "color_attr")
-        places = [[(x, y) for s, c, x, y in things if s == shape and c in ([color] if colored else range(8))] for shape, color in zip(shapes[:n], colors)]
+        places = [[(x, y) for s, c, x, y in things if s == shape and (c == color or not colored)] for shape, color in zip(shapes[:n], colors)]
         if TASKS[task] == "counting":
             right.append(len(places[0]) == n)
         elif TASKS[task] == "position":
-            right.append(any((b[0] - a[0], a[0] - b[0], b[1] - a[1], a[1] - b[1])[relation] > near for a in places[0] for b in places[1]))
+            right.append(any((b[0] - a[0], a[0] - b[0], b[1] - a[1], a[1] - b[1])[relation] > least for a in places[0] for b in places[1]))
         else:
             right.append(all(places))
     return torch.tensor(right)
@@ -318,7 +320,7 @@ def generation(config, ranks):
     for name, images in (("geneval", drawn), ("geneval_ceiling", torch.cat(rebuilt))):
         right = fulfilled(images, scene).float()
         scores = {task: right[scene.task == t].mean().item() for t, task in enumerate(TASKS[:6])}
-        out[name] = scores | dict(overall=sum(scores.values()) / 6, held_out_pairs=right[novel].mean().item())
+        out[name] = scores | dict(overall=sum(scores.values()) / 6, held_out_pairs=right[novel].mean().item() if novel.any() else None)
     shown = drawn[:min(60, len(drawn) // 6 * 6)].unflatten(0, (-1, 6)).transpose(0, 1)                    # (6, n, 3, 64, 64): a row a task
     save_image(make_grid(shown.flatten(0, 1), nrow=shown.shape[1]), Path(config.out_dir) / "geneval.png")
     protocol = (f"{len(number)} validation prompts, a sixth each; guidance {config.guidance}, temperature 1, all codes; {int(novel.sum())} prompts name a colour-shape "
@@ -350,11 +352,10 @@ def vqa(folder, config, ranks):
         result[f"vqa_{name}"] = {kind: sum(r) / len(r) for kind, r in right.items()} | dict(overall=sum(map(sum, right.values())) / len(rows))
         yes = [(a == "yes", b == "yes") for k, a, b in zip(kinds, truths, texts) if k == "presence"]     # (true, said)
         both, true, claimed = yes.count((True, True)), sum(a for a, _ in yes), sum(b for _, b in yes)
-        result[f"pope_{name}"] = dict(accuracy=sum(a == b for a, b in yes) / len(yes), precision=both / max(1, claimed), recall=both / true, f1=2 * both / (true + claimed))
+        result[f"pope_{name}"] = dict(accuracy=sum(a == b for a, b in yes) / len(yes), precision=both / max(1, claimed), recall=both / max(1, true), f1=2 * both / max(1, true + claimed))
     return result | dict(protocol=f"{len(rows)} questions about {len(index)} validation pictures, each asked alone; an answer is right if it is the same text", reasons={})
 
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- The command line
 def evaluate(folder, config, ranks):
     """Everything about one tokenizer -> a dict with the fixed keys."""
     model, start = load_tokenizer(folder, ranks.device), time.time()
@@ -386,8 +387,7 @@ def draw_curves(out):
     with explained("--curves needs matplotlib: pip install matplotlib", ImportError):
         import matplotlib.pyplot as plt
     logs = {path.stem[4:]: [json.loads(line) for line in path.read_text().splitlines()] for path in sorted(out.glob("log_*.jsonl"))}
-    if not logs:
-        raise UserError(f"no log_*.jsonl in {out}: --out_dir names the run")
+    if not logs: raise UserError(f"no log_*.jsonl in {out}: --out_dir names the run")
     _, axes = plt.subplots(1, 3, figsize=(15, 4))
     for axis, keys in zip(axes, (("loss", "val_loss"), ("val_psnr",), ("codebook_usage", "val_codebook_usage"))):
         for (name, rows), key in ((item, key) for item in logs.items() for key in keys):
@@ -416,13 +416,13 @@ def main():
     if config.curves:
         return draw_curves(Path(config.out_dir))
     path, before = Path(config.out_dir) / ("vqa.json" if config.vqa else "eval.json"), {}
+    with contextlib.suppress(OSError, ValueError):                            # what is there about one tokenizer and its generator stays
+        before = {key: value for key, value in json.loads(path.read_text()).items() if len(config.tokenizers) < 2 and not config.vqa and "/" not in key}
     if config.generation:
         if not ranks.first:
             return
         result = generation(config, ranks)
         results, notes = {key: result[key] for key in ("geneval", "geneval_ceiling")}, [result["geneval_protocol"]]
-        with contextlib.suppress(OSError, ValueError):                        # beside what is there about the one tokenizer
-            before = json.loads(path.read_text())
     else:
         folders = [str(folder) for folder in config.tokenizers or (f"{config.out_dir}/tokenizer",)]
         results = {folder: (vqa if config.vqa else evaluate)(folder, config, ranks) for folder in folders}

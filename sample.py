@@ -73,8 +73,7 @@ def check_options(guidance, temperature, top_k, top_p):
                                        ("temperature", temperature, 0 <= temperature < 100, "from 0 to 100; 0 takes the likeliest code"),
                                        ("top_k", top_k, top_k >= 0, "at least 0; 0 is all codes"),
                                        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1; 1 is all codes")):
-        if not fits:
-            raise UserError(f"--{name} {value} is out of range: {allowed}")
+        if not fits: raise UserError(f"--{name} {value} is out of range: {allowed}")
 
 # ---- Text -> codes --------------------------------------------------------------------------------------------------
 def choose(logits, u, temperature, top_k, top_p):
@@ -92,28 +91,15 @@ def choose(logits, u, temperature, top_k, top_p):
     below = p.cumsum(1)
     return torch.searchsorted(below, u[:, None] * below[:, -1:], right=True)[:, 0].clamp(max=p.shape[1] - 1)
 
-class GrowingCache:
-    """Keys and values of what was read, in one allocation of `length` columns of which attention is given the filled ones.
-    transformers' DynamicCache copies everything at each token instead: 80% of the time at 64 pictures on a CPU."""
-    def __init__(self, length):
-        self.length, self.layers = length, {}                                 # layer -> [keys, values, columns filled]
-
-    def update(self, key, value, layer, *_):                                  # (R, heads, L, head_dim) each, from attention
-        if layer not in self.layers:
-            self.layers[layer] = [x.new_empty(*x.shape[:2], self.length, x.shape[3]) for x in (key, value)] + [0]
-        keys, values, start = self.layers[layer]
-        end = self.layers[layer][2] = start + key.shape[2]
-        keys[:, :, start:end], values[:, :, start:end] = key, value
-        return keys[:, :, :end], values[:, :, :end]
-
 def step(lm, ids, positions, allowed, cache):
     """Read ids (R, L) after what `cache` holds -> logits of the next code (R, k). allowed: (R, 1, L, cache's length) bool."""
     x = lm.model(ids, attention_mask=dict(full_attention=allowed), position_ids=positions, past_key_values=cache, use_cache=True)
     return full(visual_logits(lm, x.last_hidden_state[:, -1]))
 
-@functools.lru_cache(maxsize=1)                   # a StaticCache takes its size at first use: another size, another cache
-def static_step(lm, rows, length):
-    return StaticCache(config=lm.config, max_cache_len=length), torch.compile(step, mode="reduce-overhead", fullgraph=True)
+@functools.lru_cache(maxsize=1)                   # compiled code wants its own tensors again; another size, another cache
+def cache_and_step(lm, rows, length, compiled):
+    """Keys and values in one allocation: transformers' growing cache copies all of them at each token, 80% of the time at 64 pictures on a CPU."""
+    return StaticCache(config=lm.config, max_cache_len=length), torch.compile(step, mode="reduce-overhead", fullgraph=True) if compiled else step
 
 @torch.no_grad()
 def generate(lm, text_tokenizer, prompts, seeds, guidance=1.0, temperature=1.0, top_k=0, top_p=1.0, width=0, compiled=False, bar=None):
@@ -124,22 +110,20 @@ def generate(lm, text_tokenizer, prompts, seeds, guidance=1.0, temperature=1.0, 
     check_options(guidance, temperature, top_k, top_p)
     visual, device, B = lm.config.visual, lm.device, len(prompts)
     N, guided = visual["tokens"], guidance != 1
-    chance = torch.stack([torch.rand(N, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(device)   # (B, N): all there is
+    chance = torch.stack([torch.rand(N, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(device)   # (B, N): the only randomness
     ids, mask = layout(text_tokenizer, visual, [*prompts, *[""] * B] if guided else list(prompts), width=width)
     ids, mask = ids.to(device), mask.to(device)                               # (R, T), R = 2 B when guided: c above u
     R, T = ids.shape
     length = T + N - 1                                                        # the last code is drawn, not read
     at = torch.arange(length, device=device)
     seen = torch.cat([mask.bool(), torch.ones(R, N - 1, dtype=torch.bool, device=device)], 1)           # (R, length)
-    allowed = (seen[:, None, None] & (at <= at[:T, None])) | (at == at[:T, None])     # (R, 1, T, length); padding sees itself, or it were NaN
+    allowed = (seen[:, None, None] & (at <= at[:T, None])) | (at == at[:T, None])     # (R, 1, T, length); padding sees itself: a softmax over nothing is NaN
     positions = positions_of(mask)                                            # (R, T)
-    cache, run = static_step(lm, R, length) if compiled else (GrowingCache(length), step)
-    if compiled:
-        cache.reset()
+    cache, run = cache_and_step(lm, R, length, compiled)
+    cache.reset()
     codes = []
     for n in range(N):
-        until = length if compiled else T + n
-        logits = (step if n == 0 else run)(lm, ids, positions, allowed[..., :until], cache)             # (R, k)
+        logits = (step if n == 0 else run)(lm, ids, positions, allowed, cache)             # (R, k)
         if guided:
             c, u = logits.chunk(2)
             logits = u + guidance * (c - u)                                   # (B, k)
@@ -161,11 +145,13 @@ def answer(mllm, text_tokenizer, Z_I, questions, max_new_tokens=64):
                            eos_token_id=text_tokenizer.eos_token_id, pad_token_id=0)
     return [text.strip() for text in text_tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
+@torch.no_grad()
 def converse(config, device):
     """Answer --ask about --image, with the tokenizer's own encoder in the place of the VFM that the MLLM was trained on."""
     tokenizer = load_tokenizer(config.tokenizer or f"{config.out_dir}/tokenizer", device)
     mllm, text_tokenizer = load_mllm(config.out_dir, tokenizer.config, device)
     for question in config.ask:
+        if "<image>" in question: raise UserError("--ask: leave <image> out, it is put before the question")
         check_text(question, f"--ask {question[:40]!r}", text_tokenizer, mllm.lm.config.understand["max_length"] - tokenizer.config.num_tokens - 12)
     with explained(f"--image {config.image} cannot be read as an image"):
         image = square(decode(Path(config.image).read_bytes()), tokenizer.config.image_size)
@@ -198,29 +184,21 @@ def read_jobs(config):
         for file in sorted(Path(config.dpg).glob("*.txt")):
             prompt = " ".join(Path(file).read_text("utf-8", "replace").splitlines()).strip()
             jobs.append(Job(prompt, seeds(prompt), out / f"{file.stem}.png", str(file)))
-        if not jobs:
-            raise UserError(f"--dpg {config.dpg}: no folder with .txt prompts (DPG-Bench's dpg_bench/prompts)")
+        if not jobs: raise UserError(f"--dpg {config.dpg}: no folder with .txt prompts (DPG-Bench's dpg_bench/prompts)")
     else:
         out = Path(config.out or f"{config.out_dir}/samples")
         lines = enumerate(Path(config.prompts).read_text("utf-8", "replace").splitlines() if config.prompts else [], 1)
         prompts = [(p.strip(), f"--prompt {p[:40]!r}") for p in config.prompt or []]
         prompts += [(line.strip(), f"{config.prompts}, line {i}") for i, line in lines if line.strip()]
-        if not prompts:
-            raise UserError(f"--prompts {config.prompts}: no caption in it; write one a line")
+        if not prompts: raise UserError(f"--prompts {config.prompts}: no caption in it; write one a line")
         for prompt, where in prompts:
-            name = re.sub(r"\W+", "-", prompt)[:60].strip("-") + (f"-{zlib.crc32(prompt.encode()):08x}" if len(prompt) > 60 else "")
+            name = re.sub(r"\W+", "-", prompt)[:60].strip("-") + f"-{zlib.crc32(prompt.encode()):08x}" * (len(prompt) > 60 or re.search(r"[^\w ]", prompt) is not None)
             jobs += [Job(prompt, [seed], out / f"{name}-{config.seed + j}.png", where) for j, seed in enumerate(seeds(prompt))]
     return out, jobs, beside
 
-def check_prompts(jobs, text_tokenizer, visual):
-    room = visual["max_length"] - visual["tokens"] - 2
-    for prompt, where in {job.prompt: job.where for job in jobs}.items():
-        check_text(prompt, where, text_tokenizer, room)
-
 def check_text(text, where, text_tokenizer, room):
     ids = text_tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    if not ids.input_ids:
-        raise UserError(f"{where} is empty: say what to draw or what to answer")
+    if not ids.input_ids: raise UserError(f"{where} is empty: say what to draw or what to answer")
     if len(ids.input_ids) > room:
         raise UserError(f"{where} has {len(ids.input_ids)} tokens, and this model was made for at most {room}: shorten it, or train with a larger --max_length")
     unknown = [text[a:b] for i, (a, b) in zip(ids.input_ids, ids.offset_mapping) if i == text_tokenizer.unk_token_id]
@@ -246,7 +224,8 @@ def main():
     lm, text_tokenizer, tokenizer = load_generator(config.out_dir, config.tokenizer, ranks.device,
                                                    torch.bfloat16 if config.precision == "bf16" else torch.float32)
     visual = lm.config.visual
-    check_prompts(jobs, text_tokenizer, visual)
+    for prompt, where in {job.prompt: job.where for job in jobs}.items():
+        check_text(prompt, where, text_tokenizer, visual["max_length"] - visual["tokens"] - 2)
     if ranks.first:
         out.mkdir(parents=True, exist_ok=True)
         for path, text in beside.items():
@@ -261,9 +240,10 @@ def main():
     todo = [(job, seed) for job in todo[ranks.rank::ranks.size] for seed in job.seeds]
     bar = tqdm(total=len(todo) * visual["tokens"], desc="sampling", unit="code", disable=not ranks.first)
     pending, shown = {}, []                       # pictures that wait for the others of their file; the first 64, for a grid
-    for start in range(0, len(todo), config.batch_size):
-        part = todo[start:start + config.batch_size]
-        fill = (part * config.batch_size)[:config.batch_size] if compiled else part   # a compiled step has one batch size
+    size = min(config.batch_size, len(todo))
+    for start in range(0, len(todo), max(1, size)):
+        part = todo[start:start + size]
+        fill = (part * size)[:size] if compiled else part                     # a compiled step has one batch size
         codes = generate(lm, text_tokenizer, [job.prompt for job, _ in fill], [seed for _, seed in fill], config.guidance,
                          config.temperature, config.top_k, config.top_p, width, compiled, bar)[:len(part)]
         images = full(tokenizer.detokenize(codes)).clamp(0, 1)                # (b, 3, H, W)

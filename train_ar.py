@@ -5,13 +5,13 @@ features (section 3.4, Table 8).
     python train_ar.py                              tiny: a small random Qwen3 on drawn shapes, after train_tokenizer.py. CPU
     torchrun --nproc_per_node=8 train_ar.py --config internvit_448 --data 'FOLDER or shards-{000..127}.tar' --micro_batch 8
     ... --lm FOLDER                                 a local copy of Qwen3-0.6B
-    ... --resume                                    go on after a stop, bit for bit
+    ... --resume                                    go on after a stop (bit for bit on a CPU)
 
     python train_ar.py --task understand            tiny: answer questions about drawn shapes; both phases
     torchrun --nproc_per_node=8 train_ar.py --config siglip2_256 --task understand --phase pretrain --data blip_laion_cc_sbu_558k.json --images DIR
     torchrun --nproc_per_node=8 train_ar.py --config siglip2_256 --task understand --phase sft --data llava_v1_5_mix665k.json --images DIR
 
---task generate. A picture with its caption is one sequence. What is left of it is padding, what is right of it ends the picture:
+--task generate. A caption and its picture are one sequence, padded on the left:
 
     <pad> ... <pad>  a red circle  <|vision_start|>  v_1 v_2 ... v_N  <|vision_end|>         v = code + offset
                      caption       BOI               row by row       EOI
@@ -101,29 +101,28 @@ class ARConfig:
         self.out_dir = self.out_dir or f"out/{self.config}"
         self.tokenizer = self.tokenizer or f"{self.out_dir}/tokenizer"
         for name in ("batch_size", "total_steps", "log_every", "eval_every", "save_every", "val_images"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} is at least 1, not {getattr(self, name)}")
-        if not 0 <= self.caption_drop <= 1:
-            raise UserError(f"--caption_drop is a share between 0 and 1, not {self.caption_drop}")
-        if self.resume and self.overwrite:
-            raise UserError("--resume goes on and --overwrite starts over: choose one")
+            if getattr(self, name) < 1: raise UserError(f"--{name} is at least 1, not {getattr(self, name)}")
+        if not 0 <= self.caption_drop <= 1: raise UserError(f"--caption_drop is a share between 0 and 1, not {self.caption_drop}")
+        if self.lr <= 0 or min(self.end_lr, self.micro_batch, self.num_workers, self.warmup_steps) < 0:
+            raise UserError("--lr is above 0; --end_lr, --micro_batch, --num_workers and --warmup_steps are not negative")
+        if self.phase and self.task == "generate": raise UserError(f"--phase {self.phase} is of --task understand")
+        if self.resume and self.overwrite: raise UserError("--resume goes on and --overwrite starts over: choose one")
 
 PRESETS = {
     # Understanding, the LLaVA-1.5 recipe: an epoch of 595 thousand captions, then of 665 thousand conversations; warmup is 3% of the steps.
     "pretrain": dict(lm="lmsys/vicuna-7b-v1.5", lr=1e-3, end_lr=0.0, total_steps=2325, warmup_steps=70, batch_size=256, eps=1e-8, max_length=2048),   # [T8]
     "sft": dict(lm="lmsys/vicuna-7b-v1.5", lr=2e-5, end_lr=0.0, total_steps=5195, warmup_steps=156, batch_size=128, eps=1e-8, max_length=2048),       # [T8]
-    "siglip2_base_256": dict(batch_size=128, micro_batch=16),                                                                        # [ours]
-    "tiny": dict(lm="random", max_length=128, precision="float32", batch_size=16, num_workers=0, total_steps=2000, lr=6e-3,          # [ours]
+    ("siglip2_base_256", ""): dict(batch_size=128, micro_batch=16),                                                                      # [ours]
+    "tiny": dict(lm="random", max_length=128, precision="float32", batch_size=16, num_workers=0, total_steps=5000, lr=4e-3,          # [ours]
                  end_lr=1e-4, warmup_steps=50, log_every=20, eval_every=500, save_every=500,
-                 lm_config=dict(hidden_size=128, num_hidden_layers=4, intermediate_size=384, num_attention_heads=4, num_key_value_heads=1, head_dim=32,
-                                rope_parameters=dict(rope_type="default", rope_theta=100.0), tie_word_embeddings=True, initializer_range=0.06)),
+                 lm_config=dict(hidden_size=128, num_hidden_layers=4, intermediate_size=384, num_attention_heads=4, num_key_value_heads=4, head_dim=32,
+                                rope_parameters=dict(rope_type="default", rope_theta=1000.0), tie_word_embeddings=True, initializer_range=0.06)),
     ("tiny", "pretrain"): dict(total_steps=60, warmup_steps=10, max_length=192, eps=1e-8),                                            # [ours]
-    ("tiny", "sft"): dict(total_steps=900, lr=2e-3, max_length=256, eps=1e-8),                                                        # [ours]
+    ("tiny", "sft"): dict(total_steps=1600, lr=4e-3, max_length=256, eps=1e-8),                                                        # [ours]
 }
 
 def preset_order(values):
-    phases = [values["phase"]] if values["task"] == "understand" else []
-    return [*phases, values["config"], *((values["config"], phase) for phase in phases)]
+    return [values["phase"], values["config"], (values["config"], values["phase"])]
 
 # ---- Language model and layout. What sets ours apart from any other Qwen3 is written in its config as `visual`:
 # offset and codes (the ids offset ... offset + codes - 1 are pictures), tokens (N), boi, eoi, max_length, and which tokenizer.
@@ -148,8 +147,7 @@ def build_lm(config, texts):
     if config.lm == "random":
         text_tokenizer = word_tokenizer(texts)
         strange = set(config.lm_config or {"nothing": 0}) - set(Qwen3Config().to_dict())      # it would take any name in silence
-        if strange:
-            raise UserError(f"--lm random needs --lm_config as JSON of Qwen3Config's values, which has no {', '.join(strange)}")
+        if strange: raise UserError(f"--lm random needs --lm_config as JSON of Qwen3Config's values, which has no {', '.join(strange)}")
         return Qwen3ForCausalLM(Qwen3Config(vocab_size=len(text_tokenizer), **config.lm_config)), text_tokenizer
     if not Path(config.lm).is_dir():                                          # fails within seconds where there is no network
         hub_file(config.lm, "config.json", f"run `hf download {config.lm}` there, and pass its folder with --lm FOLDER")
@@ -217,8 +215,7 @@ class PictureLM(nn.Module):
 def load_generator(out_dir, tokenizer_folder="", device="cpu", dtype=torch.float32):
     """-> language model, its text tokenizer, and the VQRAE tokenizer whose codes it writes, checked to belong together."""
     folder, tokenizer_folder = Path(out_dir) / "ar", Path(tokenizer_folder or f"{out_dir}/tokenizer")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"no trained generator in {folder}: python train_ar.py makes one (--out_dir names the run)")
+    if not (folder / "config.json").is_file(): raise UserError(f"no trained generator in {folder}: python train_ar.py makes one (--out_dir names the run)")
     tokenizer = load_tokenizer(tokenizer_folder, device)
     with explained(f"{folder} cannot be read as a generator: python train_ar.py --resume writes it anew from state.pt"):
         lm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
@@ -305,12 +302,12 @@ IMAGE = -1                                        # stands for one feature of Z_
 
 def chat(text_tokenizer, turns, tokens, plain=False):
     """[(question, answer), ...] of one image -> ids, and which of them an answer is made of: [int], [bool] of equal length. <image>
-    in a question becomes `tokens` times IMAGE. An answer of None is left to the model. plain: the text alone, without roles."""
+    in a question becomes `tokens` times IMAGE. An answer of None is left to the model. plain: image and answer alone."""
     encode = lambda text: text_tokenizer(text, add_special_tokens=False).input_ids
     ids = [text_tokenizer.bos_token_id] * (text_tokenizer.bos_token_id is not None)
     scored = [False] * len(ids)
     for question, answer in turns:
-        for i, piece in enumerate((question if plain else f"USER: {question} ASSISTANT:").split("<image>")):
+        for i, piece in enumerate(("", "") if plain else f"USER: {question} ASSISTANT:".split("<image>")):
             ids += [IMAGE] * (tokens * (i > 0)) + encode(piece)
         scored += [False] * (len(ids) - len(scored))
         if answer is not None:
@@ -354,16 +351,18 @@ class Conversations(Images):
         for number, (path, turns) in enumerate(self.records):
             if sum(question.count("<image>") for question, _ in turns) != 1:
                 raise UserError(f"{file}, conversation {number} with an image: <image> must stand in its questions exactly once")
-            if not path.is_file():
-                raise UserError(f"{file}, conversation {number} with an image: no file {path}; --images DIR names the folder")
+            if not path.is_file(): raise UserError(f"{file}, conversation {number} with an image: no file {path}; --images DIR names the folder")
         self.records = [row for i, row in enumerate(self.records) if part is None or (i % 20 == 0) == (part == "val")]
-        if not self.records:
-            raise UserError(f"{file} holds no conversation to use (every 20th validates): give more, or name some with --val_data")
+        if not self.records: raise UserError(f"{file} holds no conversation to use (every 20th validates): give more, or name some with --val_data")
 
     def __getitem__(self, position):
-        path, turns = self.record(position)
-        with explained(f"{path} cannot be read as an image: mend it or take its conversation out"):
-            return square(decode(path.read_bytes()), self.size), turns
+        for attempt in range(len(self.records)):                              # an unreadable image's place goes to the next
+            path, turns = self.record(position + attempt)
+            try:
+                return square(decode(path.read_bytes()), self.size), turns
+            except Exception as error:                                        # PIL raises anything on damaged files
+                tqdm.write(f"skipped {path}: {error}")
+        raise UserError(f"no readable image in the conversations: the last is {path}")
 
 def square(image, size):
     """A PIL image padded with grey to a square, as LLaVA-1.5 has it: nothing is cut off. -> (3, size, size) in [0, 1]."""
@@ -382,13 +381,15 @@ def load_mllm(out_dir, model_config, device="cpu"):
     folder = Path(out_dir) / "mllm"
     if not (folder / "connector.safetensors").is_file():
         raise UserError(f"no trained MLLM in {folder}: python train_ar.py --task understand makes one (--out_dir names the run)")
-    lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    with explained(f"{folder} cannot be read as an MLLM: train it again"):
+        lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        text_tokenizer, connector = AutoTokenizer.from_pretrained(folder, local_files_only=True), load_file(folder / "connector.safetensors")
     want, have = lm.config.understand, dict(dim=model_config.dim, tokens=model_config.num_tokens, image_size=model_config.image_size)
     if differ := [f"{name} is {want[name]} there, {value} in the tokenizer" for name, value in have.items() if want[name] != value]:
         raise UserError(f"{folder} reads the features of another vision tower than this tokenizer's: {', '.join(differ)}")
     net = MLLM(lm, want["dim"])
-    net.connector.load_state_dict(load_file(folder / "connector.safetensors"))
-    return net.to(device).eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    net.connector.load_state_dict(connector)
+    return net.to(device).eval(), text_tokenizer
 
 # ---- Training. Each task has a network, batches by position, a loss, a validation and files; the loop below is the same.
 def picture_loss(net, ids, mask, visual):
@@ -399,11 +400,10 @@ def picture_loss(net, ids, mask, visual):
 
 class Generate:
     """Captions -> codes. The whole language model learns."""
-    def __init__(self, config, ranks):
-        self.config, self.device, self.folder, self.state = config, ranks.device, Path(config.out_dir) / "ar", "state.pt"
+    def __init__(self, config, ranks, folder):
+        self.config, self.device, self.folder = config, ranks.device, folder
         self.tokenizer, self.which = load_tokenizer(config.tokenizer, ranks.device), identity(config.tokenizer)
-        if self.tokenizer.quantizer is None:
-            raise UserError(f"{config.tokenizer} has no codes to write (quantizer none): train one with --quantizer simvq")
+        if self.tokenizer.quantizer is None: raise UserError(f"{config.tokenizer} has no codes to write (quantizer none): train one with --quantizer simvq")
         if config.max_length < (least := self.tokenizer.config.num_tokens + 3):
             raise UserError(f"--max_length {config.max_length} has no room for a picture, its two marks and a caption: at least {least}")
         self.fetch, size = open_codes(config.data, True, config, self.tokenizer, self.which, ranks)
@@ -418,7 +418,7 @@ class Generate:
     def stream(self, starts, micro):
         for at in starts:
             codes, texts = self.fetch(range(at, at + micro))                  # (b, N), [b]
-            keep = uniforms(~torch.arange(at, at + micro) - (self.config.seed << 42), 1)[:, 0] >= self.config.caption_drop    # no picture has a negative number
+            keep = uniforms(~torch.arange(at, at + micro) - (self.config.seed % (1 << 20) << 42), 1)[:, 0] >= self.config.caption_drop    # numbers of no picture
             yield layout(self.text_tokenizer, self.visual, [text if k else "" for text, k in zip(texts, keep)], codes)     # (b, T + N + 2)
 
     def loss(self, net, ids, mask):
@@ -434,20 +434,18 @@ class Generate:
         ids, mask = (t.to(self.device) for t in layout(self.text_tokenizer, self.visual, draw))
         torch.manual_seed(self.config.seed)
         N, first = self.visual["tokens"], self.visual["offset"]
-        ids = self.lm.generate(input_ids=ids, attention_mask=mask, max_new_tokens=N, min_new_tokens=N, do_sample=True, top_k=0, suppress_tokens=list(range(first)))
+        ids = self.lm.generate(input_ids=ids, attention_mask=mask, max_new_tokens=N, min_new_tokens=N, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, suppress_tokens=list(range(first)))
         pictures = self.tokenizer.detokenize(ids[:, -N:] - first).float().clamp(0, 1)
         save_image(make_grid(pictures, nrow=8), self.folder.parent / "samples.png")
         self.next = f"sample.py --prompt {shlex.quote(draw[0])}"
         return dict(val_loss=total)
 
-    def finish(self):
-        return f"{'pictures':24}{self.folder.parent / 'samples.png'}"
-
 class Understand:
     """Questions about images -> answers, by a language model that reads the frozen VFM's Z_I. The connector learns, in SFT the LLM too."""
-    def __init__(self, config, ranks):
-        self.config, self.device, self.folder, self.state = config, ranks.device, Path(config.out_dir) / "mllm", f"{config.phase}.pt"
-        model_config, self.which = load_tokenizer(config.tokenizer).config, identity(config.tokenizer)
+    def __init__(self, config, ranks, folder):
+        self.config, self.device, self.folder = config, ranks.device, folder
+        model_config = load_tokenizer(config.tokenizer).config
+        self.which = model_config.encoder                                     # only its teacher matters here
         self.encoder, self.size, self.tokens = load_teacher(config.tokenizer, model_config).to(ranks.device), model_config.image_size, model_config.num_tokens
         if config.max_length <= self.tokens:
             raise UserError(f"--max_length {config.max_length} has no room for an image's {self.tokens} features and a question")
@@ -458,22 +456,25 @@ class Understand:
                                    for file, p in zip((config.data, config.val_data or config.data), part))
             texts = [text for _, turns in self.data.records for turn in turns for text in turn]
         else:
-            texts = [text for phase in ("pretrain", "sft") for turns in shapes_turns(torch.arange(10_000), phase)[1] for turn in turns for text in turn]
+            index = torch.arange(5_000)
+            texts = captions(plan(index)) + [f"{question} {answer}" for asked in questions(index, plan(index), 3) for question, (_, answer) in asked.items()]
         torch.manual_seed(config.seed)
         self.lm, self.text_tokenizer = build_lm(config, texts + ["USER: ASSISTANT:"])
         self.lm.config.understand = dict(dim=model_config.dim, tokens=self.tokens, image_size=self.size, max_length=config.max_length)
         self.net = MLLM(self.lm, model_config.dim)
         if config.phase == "sft":
-            before = self.folder / "pretrain.pt"
-            if not before.exists():
-                raise UserError(f"SFT starts from {before}, which is not there: run --phase pretrain first")
-            self.net.load_state_dict(load_checkpoint(before)["model"])
+            before = folder / "pretrain.pt"
+            if not before.exists(): raise UserError(f"SFT starts from {before}, which is not there: run --phase pretrain first")
+            with explained(f"{before} is of another language model than --lm and --lm_config make, or of other texts"):
+                self.net.load_state_dict(load_checkpoint(before)["model"])
         self.lm.requires_grad_(config.phase == "sft")
 
     def collate(self, rows):
         images, turns = zip(*rows)
-        chats = [chat(self.text_tokenizer, t, self.tokens, plain=self.config.phase == "pretrain") for t in turns]
-        return *pad_left([(ids[:self.config.max_length], scored[:self.config.max_length]) for ids, scored in chats]), torch.stack(images)
+        chats = [[row[:self.config.max_length] for row in chat(self.text_tokenizer, t, self.tokens, self.config.phase == "pretrain")] for t in turns]
+        whole = [i for i, (ids, scored) in enumerate(chats) if ids.count(IMAGE) == self.tokens and any(scored)]     # else cut before image or answer
+        if not whole: raise UserError(f"none of these {len(turns)} conversations has its image and an answer within --max_length {self.config.max_length}")
+        return *pad_left([chats[i] for i in whole]), torch.stack([images[i] for i in whole])
 
     def stream(self, starts, micro, val=False):
         data = self.val if val else self.data
@@ -487,7 +488,7 @@ class Understand:
                                                    worker_init_fn=ignore_signals, generator=torch.Generator())
 
     def loss(self, net, ids, mask, scored, images, right=None):
-        """Mean cross-entropy (nats) of the answers' tokens; appends to the list `right` the share that is the likeliest."""
+        """Mean cross-entropy (nats) of the answers' tokens; appends to `right` the share of them that the model ranks first."""
         with torch.no_grad():
             Z_I = self.encoder(images)                                        # (b, N, d)
         logits, target = net(ids, mask, scored, Z_I), ids[:, 1:][scored[:, 1:]]               # (S, vocabulary), (S,)
@@ -499,26 +500,25 @@ class Understand:
         first, total, right, losses = (VALIDATION if self.val is None else 0), self.config.val_images, [], []
         for batch in self.stream(range(first, first + min(total, len(self.val or range(total))), micro), micro, val=True):
             losses.append(self.loss(self.net, *(t.to(self.device) for t in batch), right).item())
-        self.next = "eval.py --vqa"
+        self.next = "eval.py --vqa" if self.config.phase == "sft" else "train_ar.py --task understand --phase sft"
         return dict(val_loss=sum(losses) / len(losses), val_accuracy=sum(right) / len(right))
-
-    def finish(self):
-        save_file(self.net.connector.state_dict(), self.folder / "connector.safetensors")
-        return f"{'phase':24}{self.config.phase}"
 
 def train(config, ranks):
     out, device, start = Path(config.out_dir), ranks.device, time.time()
     local, micro, accumulate = split_batch(config, ranks)
-    task = dict(generate=Generate, understand=Understand)[config.task](config, ranks)
-    path, name = task.folder / task.state, config.phase or "ar"
+    folder, name = out / ("mllm" if config.phase else "ar"), config.phase or "ar"
+    path = folder / f"{config.phase or 'state'}.pt"
     resumed = open_run(path, config)
+    if resumed and resumed["step"] > config.total_steps: raise UserError(f"{path} is at step {resumed['step']}, beyond --total_steps {config.total_steps}")
+    task = (Understand if config.phase else Generate)(config, ranks, folder)
     if resumed and resumed["tokenizer"] != task.which:
         raise UserError(f"{path} learned from another tokenizer than {config.tokenizer}: pass --tokenizer with that one, or --overwrite")
-    task.folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     task.net.to(device, torch.float64 if config.precision == "float64" else None)
     first_step = 0
     if resumed:
-        task.net.load_state_dict(resumed["model"])
+        with explained(f"{path} is of another language model than --lm and --lm_config make"):
+            task.net.load_state_dict(resumed["model"])
         first_step = resumed["step"]
     task.net.train()
     if config.checkpointing:
@@ -526,7 +526,8 @@ def train(config, ranks):
     if config.compile:
         task.net.compile()
     net, learning = ranks.run(task.net), [p for p in task.net.parameters() if p.requires_grad]
-    how = dict(lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.weight_decay, fused=device.type != "mps")
+    how = dict(lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.weight_decay,
+               fused=device.type != "mps" and ranks.size == 1)                 # ZeRO's load puts the step count on the CPU, which fused CUDA refuses
     if ranks.size > 1:                                                        # ZeRO-1 [T9]: each rank keeps its share of the moments
         from torch.distributed.optim import ZeroRedundancyOptimizer           # a second to import
         optimizer = ZeroRedundancyOptimizer(learning, optimizer_class=torch.optim.AdamW, **how)
@@ -534,6 +535,9 @@ def train(config, ranks):
         optimizer = torch.optim.AdamW(learning, **how)
     if resumed:
         optimizer.load_state_dict(resumed["optimizer"])
+        for group in optimizer.param_groups:                                  # rates and the like are this run's
+            group.update(how)
+        del resumed                                                           # it holds as much as model and optimiser
 
     def save(step):
         if ranks.size > 1:
@@ -579,7 +583,7 @@ def train(config, ranks):
             loss_sum += loss.detach() / accumulate
         grad_norm = nn.utils.clip_grad_norm_(learning, config.clip)
         loss, grad_norm = torch.stack([ranks.sum(loss_sum) / ranks.size, grad_norm]).tolist()        # the step's one wait for the GPU
-        check_finite({"cross-entropy": loss, "gradient norm of the": grad_norm}, step)
+        check_finite({"cross-entropy": loss, "gradient norm": grad_norm}, step)
         optimizer.step()
         optimizer.zero_grad()
         # --------------------------------------------------------------------------------------------------------------
@@ -592,13 +596,14 @@ def train(config, ranks):
             bar.set_postfix_str(f"loss {loss:.3f}, {rate:.0f} images/s")
     bar.close()
     if ranks.first and last:
-        task.lm.float().save_pretrained(task.folder)
-        task.text_tokenizer.save_pretrained(task.folder)
-        print(f"\n  {task.finish()}")
+        task.lm.float().save_pretrained(folder)
+        task.text_tokenizer.save_pretrained(folder)
+        if config.phase: save_file(task.net.connector.state_dict(), folder / "connector.safetensors")
+        print(f"\n  {'pictures':24}{out / 'samples.png'}" * (not config.phase))
         for what, value in found.items():
             print(f"  {what:24}{value:.3f}")
         print(f"  {'parameters':24}{sum(p.numel() for p in task.net.parameters()) / 1e6:.2f} million\n  {'time':24}{(time.time() - start) / 60:.1f} minutes\n"
-              f"  {'model':24}{task.folder}\n\nNext: python {task.next}{'' if str(out) == 'out/tiny' else f' --out_dir {out}'}")
+              f"  {'model':24}{folder}\n\nNext: python {task.next}{'' if str(out) == 'out/tiny' else f' --out_dir {out}'}")
     ranks.wait()
     if stop and not last:
         ranks.say(f"stopped at step {step}, all saved. Go on with: {resume_command()}")
@@ -607,6 +612,7 @@ def train(config, ranks):
 def main():
     config, _, origin = parse_config(ARConfig, PRESETS, preset_order)
     ranks, both = Ranks(config.device), config.task == "understand" and not config.phase
+    if both and config.resume and not list((Path(config.out_dir) / "mllm").glob("*.pt")): raise UserError("nothing to resume: leave --resume out to start")
     resumed = [config.resume and (Path(config.out_dir) / "mllm" / f"{phase}.pt").exists() for phase in ("pretrain", "sft")]
     for phase, resume in zip(("pretrain", "sft"), resumed) if both else [(config.phase, config.resume)]:
         if both and phase == "pretrain" and resumed[1]:

@@ -91,12 +91,10 @@ class TrainConfig:
     def __post_init__(self):
         self.out_dir = self.out_dir or f"out/{self.config}"
         for name in ("batch_size", "total_steps", "log_every", "eval_every", "save_every", "val_images", "disc_width"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} is at least 1, not {getattr(self, name)}")
+            if getattr(self, name) < 1: raise UserError(f"--{name} is at least 1, not {getattr(self, name)}")
         if self.lr <= 0 or min(self.encoder_lr, self.end_lr, self.micro_batch, self.num_workers, self.warmup_steps) < 0:
             raise UserError("--lr is above 0; the other rates, --micro_batch, --num_workers and --warmup_steps are not negative")
-        if self.resume and self.overwrite:
-            raise UserError("--resume goes on and --overwrite starts over: choose one")
+        if self.resume and self.overwrite: raise UserError("--resume goes on and --overwrite starts over: choose one")
 
 PRESETS = {
     # What stage 2 changes: the encoder moves, slowly and on a leash; a discriminator comes in near the end.
@@ -150,8 +148,7 @@ class Images(torch.utils.data.Dataset):
         self.records = read_tars(source) if source.endswith(".tar") else read_folder(source)
         if part:
             self.records = [r for i, r in enumerate(self.records) if (i % 20 == 0) == (part == "val")]
-        if not self.records:
-            raise UserError(f"{source} is too small to hold validation images out: name some with --val_data")
+        if not self.records: raise UserError(f"{source} is too small to hold validation images out: name some with --val_data")
         self.order = (-1, None)
 
     def __len__(self):
@@ -189,11 +186,9 @@ def read_bytes(place):
 def read_folder(folder):
     """Images below `folder`, sorted; caption and class from metadata.jsonl, else a .txt beside the image and the parent folder."""
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"--data {folder}: no such folder (shapes, a folder of images, or 'shards-{{000..127}}.tar')")
+    if not folder.is_dir(): raise UserError(f"--data {folder}: no such folder (shapes, a folder of images, or 'shards-{{000..127}}.tar')")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    if not files:
-        raise UserError(f"--data {folder}: no images in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    if not files: raise UserError(f"--data {folder}: no images in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
     captions = {}
     for metadata in folder.rglob("metadata.jsonl"):
         for number, line in enumerate(metadata.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
@@ -230,8 +225,7 @@ def read_tars(pattern):
             image = next((parts[s] for s in sorted(IMAGE_SUFFIXES & parts.keys())), None)
             if image:
                 records.append(dict(name=f"{path}:{stem}", image=image, text=parts.get(".txt", ""), label=os.path.basename(os.path.dirname(stem))))
-    if not records:
-        raise UserError(f"--data {pattern}: no readable shard with images")
+    if not records: raise UserError(f"--data {pattern}: no readable shard with images")
     return records
 
 def open_data(source, config, size, train):
@@ -366,8 +360,7 @@ def starting_point(config, model_config, ranks, resumed):
 
 def check_same_model(saved, model_config, path):
     differ = [name for name, value in asdict(model_config).items() if saved.get(name) != value]
-    if differ:
-        raise UserError(f"{path} is of another model: " + ", ".join(f"{n} is {saved.get(n)} there, {getattr(model_config, n)} here" for n in differ))
+    if differ: raise UserError(f"{path} is of another model: " + ", ".join(f"{n} is {saved.get(n)} there, {getattr(model_config, n)} here" for n in differ))
 
 @torch.no_grad()
 def start_bottleneck(model, config, dataset, ranks):
@@ -441,6 +434,7 @@ def train(config, model_config, ranks):
         part.to(device, torch.float64 if config.precision == "float64" else None)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = config.tf32
     model.encoder.vit.set_grad_checkpointing(config.checkpointing and not frozen)
     model.decoder.vit.set_grad_checkpointing(config.checkpointing)
     if config.compile:
@@ -612,8 +606,7 @@ def main():
     if model_config.encoder_weights != "stage0":
         raise UserError(f"--config {config.config} has a pretrained encoder: stage 0 is for encoder_weights stage0, the tiny config's")
     path = Path(config.out_dir) / "stage0.pt"
-    if path.exists() and not config.overwrite:
-        raise UserError(f"{path} exists: --overwrite makes it anew")
+    if path.exists() and not config.overwrite: raise UserError(f"{path} exists: --overwrite makes it anew")
     pretrain(config, model_config, ranks, path)
     ranks.say(f"wrote {path}\nNext: {command(config, model_config, 1)}")
 

@@ -32,7 +32,7 @@ D, X'             | Decoder, VQRAE.detokenize              q                  | 
 
 In reading order: configuration, encoder, quantiser, decoder, the whole, losses, files; last what the scripts share.
 """
-import argparse, contextlib, dataclasses, inspect, io, json, math, os, re, shlex, shutil, signal, sys, time, urllib.request, warnings
+import argparse, contextlib, dataclasses, datetime, inspect, io, json, math, os, re, shlex, shutil, signal, sys, time, urllib.request, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -82,8 +82,7 @@ class VQRAEConfig:
         if self.image_size <= 0 or self.patch_size <= 0 or self.image_size % self.patch_size:
             raise UserError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}: "
                             f"try --image_size {max(1, round(self.image_size / max(1, self.patch_size))) * self.patch_size}")
-        if self.quantizer not in ("simvq", "none"):
-            raise UserError(f"quantizer is simvq or none, not {self.quantizer!r}")
+        if self.quantizer not in ("simvq", "none"): raise UserError(f"quantizer is simvq or none, not {self.quantizer!r}")
         if min(self.codebook_size, self.codebook_dim, self.dim) < 1 or self.q < 0:
             raise UserError("codebook_size, codebook_dim and dim are at least 1, and q at least 0")
 
@@ -168,7 +167,9 @@ def timm_key(key):
 
 def swap_encoder(mllm, encoder):
     """Put `encoder` in the place of the vision tower of a transformers MLLM built on the same ViT (InternVL3, a LLaVA with SigLIP):
-    section 3.4, no training. What lies past the tap, a final norm or a pooling head, stays. README, "Into a published MLLM"."""
+    section 3.4, no training. A final norm or a pooling head, which come after Z_I, stay. README, "Into a published MLLM"."""
+    if mllm.config.vision_feature_layer != -1:
+        raise UserError(f"the MLLM reads layer {mllm.config.vision_feature_layer} of its vision tower, and Z_I, which was distilled, is layer -1")
     ours, tower, used, state = encoder.vit.state_dict(), mllm.model.vision_tower, set(), {}
     for key, old in tower.state_dict().items():
         name = timm_key(key.removeprefix("vision_model."))
@@ -180,8 +181,7 @@ def swap_encoder(mllm, encoder):
         if new.numel() != old.numel():
             raise UserError(f"the MLLM's vision tower is another ViT than the encoder: {key} is {tuple(old.shape)} there and {tuple(new.shape)} here")
         state[key] = new.reshape(old.shape)
-    if missing := ours.keys() - used:
-        raise UserError(f"the MLLM's vision tower is another ViT than the encoder: it lacks {', '.join(sorted(missing)[:3])}")
+    if missing := ours.keys() - used: raise UserError(f"the MLLM's vision tower is another ViT than the encoder: it lacks {', '.join(sorted(missing)[:3])}")
     tower.load_state_dict(state)
     return mllm
 
@@ -325,25 +325,25 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
     def start_on(self, Z_I, pixels):                                          # M patches: features (M, d), pixels (M, 3, p p)
         """Start the bottleneck on data. to_code: the linear map (ridge regression) from a patch's features to its pixels, in their
         principal components, at unit variance, so that near in the code space means alike to the eye. The codes: k means of 16 k
-        such latents, drawn in proportion to their detail, or flat backgrounds took most. Measured: README, "Bottleneck start"."""
+        such latents, drawn in proportion to their detail; otherwise flat backgrounds take most. Measured: README, "Bottleneck start"."""
         norm, linear = self.to_code
         mean, y = norm(Z_I).mean(0), pixels.flatten(1)
         x = norm(Z_I) - mean                                                  # (M, d)
         ridge = 1e-3 * len(x) * torch.eye(x.shape[1], device=x.device)
         A = torch.linalg.solve(x.T @ x + ridge, x.T @ (y - y.mean(0)))        # (d, 3 p p)
-        axes = torch.linalg.eigh((x @ A).T @ (x @ A)).eigenvectors.flip(1)    # (3 p p, 3 p p), the largest first
-        A = (A / (x @ A).std() @ axes)[:, :len(linear.weight)]                # (d, n), n = min(e, 3 p p)
+        y_hat = x @ A                                                         # (M, 3 p p)
+        axes = torch.linalg.eigh(y_hat.T @ y_hat).eigenvectors.flip(1)        # (3 p p, 3 p p), the largest first
+        A = (A @ axes / y_hat.std())[:, :len(linear.weight)]                  # (d, n), n = min(e, 3 p p)
         n = A.shape[1]
         linear.weight.mul_(0.1)[:n] = A.T                                     # dimensions beyond n stay small and random
         linear.bias.zero_()[:n] = -mean @ A
         if self.quantizer:
-            detail = pixels.var(2).mean(1)                                    # (M,) within each colour channel
-            self.quantizer.init_codebook(self.to_code(Z_I[torch.multinomial(detail + 5e-4, 16 * len(self.quantizer.codebook), replacement=True)]))
+            detail = pixels.var(2).mean(1) + 5e-4                             # (M,) variance within each colour channel; some of flat ones too
+            self.quantizer.init_codebook(self.to_code(Z_I[torch.multinomial(detail, 16 * len(self.quantizer.codebook), replacement=True)]))
 
     @torch.no_grad()
     def tokenize(self, images):                                               # X (B, 3, h, w)
-        if self.quantizer is None:
-            raise UserError("a tokenizer with quantizer none (RAE) has no tokens: train one with --quantizer simvq")
+        if self.quantizer is None: raise UserError("a tokenizer with quantizer none (RAE) has no tokens: train one with --quantizer simvq")
         return self.quantizer(self.to_code(self.encode(images)))[1]           # (B, N)
 
     @torch.no_grad()
@@ -499,8 +499,7 @@ def save_checkpoint(path, state):
 
 def load_checkpoint(path):
     """Tensors, numbers and dicts only: a pickle that would run code is refused, not run."""
-    if not Path(path).is_file():
-        raise UserError(f"no file {path}")
+    if not Path(path).is_file(): raise UserError(f"no file {path}")
     with explained(f"{path} is not a readable checkpoint, or holds more than tensors and numbers: not loaded"):
         return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -566,7 +565,7 @@ class Ranks:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if "RANK" in os.environ and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))   # rank 0 validates and saves alone
 
     def catch_stop(self):
         """From now on SIGTERM and Ctrl-C ask for a stop between two steps; a second one stops at once."""
@@ -604,7 +603,7 @@ class Ranks:
         """`network` with its gradients averaged over the ranks."""
         if self.size == 1:
             return network
-        return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False,   # the codebook is large and never changes
+        return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True,      # the codebook is large and never changes
                                                    device_ids=[self.device] if self.device.type == "cuda" else None)
 
 class Log:
@@ -620,8 +619,7 @@ class Log:
 def open_run(path, config):
     """The checkpoint to go on from, or None to start; refuses to start over a finished or unfinished run by accident."""
     if config.resume:
-        if not path.exists():
-            raise UserError(f"nothing to resume: {path} is not there; leave --resume out to start")
+        if not path.exists(): raise UserError(f"nothing to resume: {path} is not there; leave --resume out to start")
         return load_checkpoint(path)
     if path.exists() and not config.overwrite:
         raise UserError(f"{path} exists: --resume goes on from it, --overwrite starts over, --out_dir puts the new run elsewhere")
