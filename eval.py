@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from sample import answer, generate
 from train_ar import load_generator, load_mllm
-from train_tokenizer import (ATLAS, EXTENT, HELD_OUT, PALETTE, SHAPES, SIDE, TASKS, VALIDATION, WINDOW, Images, batches, captions, masks, plan,
+from train_tokenizer import (ATLAS, EXTENT, HELD_OUT, PALETTE, SHAPES, SIDE, TASKS, VALIDATION, WINDOW, Images, Scene, batches, captions, masks, plan,
                              questions, render, resize)
 from vqrae import Ranks, SimVQ, UserError, build_lpips, command_line, explained, load_teacher, load_tokenizer, nearest, parse_config, psnr
 
@@ -282,6 +282,8 @@ def objects_right(images, scene, near=6.0):
     return right & scene.present
 
 # ---- Generation: GenEval's six tasks, asked of a generator in the shapes world's words and judged by the checker
+COLORED = ("colors", "position", "color_attr")    # the tasks whose captions name colours
+
 def fulfilled(images, scene, least=6.0):
     """Does each picture (B, 3, 64, 64) show what its caption asks for? -> (B,) bool. As in GenEval, all that is named has to be there;
     more may be, except where the caption counts."""
@@ -289,7 +291,7 @@ def fulfilled(images, scene, least=6.0):
     for b, *thing in zip(*(t.tolist() for t in find_objects(images))):
         found[b].append(thing)                                                # [shape, color, x, y]
     for things, task, n, relation, shapes, colors in zip(found, *(t.tolist() for t in (scene.task, scene.count, scene.relation, scene.shape, scene.color))):
-        colored = TASKS[task] in ("colors", "position", "color_attr")
+        colored = TASKS[task] in COLORED
         places = [[(x, y) for s, c, x, y in things if s == shape and (c == color or not colored)] for shape, color in zip(shapes[:n], colors)]
         if TASKS[task] == "counting":
             right.append(len(places[0]) == n)
@@ -312,9 +314,9 @@ def generation(config, ranks):
         for part in number.split(config.batch_size):
             codes = generate(lm, text_tokenizer, [prompts[i] for i in part], part.tolist(), config.guidance, bar=bar)
             drawn.append(tokenizer.detokenize(codes).clamp(0, 1).cpu())
-            rebuilt.append(tokenizer(render(plan(part + 3 * VALIDATION, part % 6)).to(ranks.device)).reconstruction.clamp(0, 1).cpu())
+            rebuilt.append(tokenizer(render(Scene(*(values[part] for values in scene))).to(ranks.device)).reconstruction.clamp(0, 1).cpu())
     drawn = torch.cat(drawn)
-    colored = torch.isin(scene.task, torch.tensor([TASKS.index(t) for t in ("colors", "position", "color_attr")]))
+    colored = torch.isin(scene.task, torch.tensor([TASKS.index(t) for t in COLORED]))
     novel = (HELD_OUT[scene.shape, scene.color] & scene.present).any(1) & colored
     out = {}
     for name, images in (("geneval", drawn), ("geneval_ceiling", torch.cat(rebuilt))):
@@ -334,20 +336,22 @@ def vqa(folder, config, ranks):
     model = load_tokenizer(folder, ranks.device)
     mllm, text_tokenizer = load_mllm(config.out_dir, model.config, ranks.device)
     index, rows, psnrs = torch.arange(config.num_images) + VALIDATION, [], []
-    encoders = dict(teacher=load_teacher(folder, model.config).to(ranks.device), features=model.encoder)
-    if model.quantizer:
-        encoders["tokens"] = lambda images: model.from_code(model.quantizer.lookup(model.tokenize(images)))
+    teacher = load_teacher(folder, model.config).to(ranks.device)
     for part in tqdm(index.split(config.batch_size), desc="ask"):
         scene = plan(part)
         images = resize(render(scene), model.config.image_size).to(ranks.device)
-        psnrs.append(psnr(images, resize(model(images).reconstruction, model.config.image_size)))
+        result = model(images)
+        psnrs.append(psnr(images, resize(result.reconstruction, model.config.image_size)))
+        features = dict(teacher=teacher(images), features=result.Z_I)
+        if result.indices is not None:
+            features["tokens"] = model.from_code(model.quantizer.lookup(result.indices))
         asked = [(i, question, *known) for i, them in enumerate(questions(part, scene)) for question, known in them.items()]
         which, texts, kinds, truths = zip(*asked)
-        said = {name: answer(mllm, text_tokenizer, encoder(images)[list(which)], texts, 4) for name, encoder in encoders.items()}
+        said = {name: answer(mllm, text_tokenizer, z[list(which)], texts, 4) for name, z in features.items()}
         rows += [(kind, truth, *text) for kind, truth, *text in zip(kinds, truths, *said.values())]
     kinds, truths, *said = zip(*rows)
     result = dict(psnr=torch.cat(psnrs).mean().item())
-    for name, texts in zip(encoders, said):
+    for name, texts in zip(features, said):
         right = {kind: [a == b for k, a, b in zip(kinds, truths, texts) if k == kind] for kind in sorted(set(kinds))}
         result[f"vqa_{name}"] = {kind: sum(r) / len(r) for kind, r in right.items()} | dict(overall=sum(map(sum, right.values())) / len(rows))
         yes = [(a == "yes", b == "yes") for k, a, b in zip(kinds, truths, texts) if k == "presence"]     # (true, said)

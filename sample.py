@@ -36,7 +36,7 @@ class SampleConfig:
     tokenizer: str = ""                   # folder of the VQRAE tokenizer; "": out_dir/tokenizer
     device: str = ""                      # cuda, mps or cpu; "": the first of them that is there
     precision: Literal["bf16", "float32"] = "bf16"  # of the language model; the tokenizer stays float32
-    compile: bool = True                  # on a GPU: a cache of fixed size and torch.compile
+    compile: bool = True                  # torch.compile, on a GPU alone
     # what to draw, and where
     prompt: list = None                   # a caption; may be given several times
     prompts: str = ""                     # a file of captions, one a line
@@ -105,8 +105,8 @@ def cache_and_step(lm, rows, length, compiled):
 def generate(lm, text_tokenizer, prompts, seeds, guidance=1.0, temperature=1.0, top_k=0, top_p=1.0, width=0, compiled=False, bar=None):
     """B captions and B seeds -> codes (B, N) int64. "" is the unconditional prompt. See SampleConfig for the options' ranges.
 
-    width: columns for the captions, if more than the longest needs (equal shapes spare compilations). compiled: a static
-    cache and torch.compile, worth it on a GPU. bar: a tqdm, that counts codes. Raises UserError on an option out of range."""
+    width: columns for the captions, if more than the longest needs (equal shapes spare compilations). compiled: with
+    torch.compile, worth it on a GPU. bar: a tqdm, that counts codes. Raises UserError on an option out of range."""
     check_options(guidance, temperature, top_k, top_p)
     visual, device, B = lm.config.visual, lm.device, len(prompts)
     N, guided = visual["tokens"], guidance != 1

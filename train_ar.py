@@ -46,8 +46,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from train_tokenizer import (VALIDATION, Images, batches, captions, decode, ignore_signals, lr_factor, plan, questions, render, resize,
-                             uniforms)
-from vqrae import (Log, Ranks, UserError, check_finite, command_line, explained, hub_file, load_checkpoint, load_teacher, load_tokenizer, open_run,
+                             split_off, uniforms)
+from vqrae import (Log, Ranks, UserError, check_finite, command_line, explained, full, hub_file, load_checkpoint, load_teacher, load_tokenizer, open_run,
                    parse_config, print_config, resume_command, save_checkpoint, split_batch)
 
 transformers.logging.set_verbosity_error()
@@ -176,15 +176,18 @@ def grow_vocabulary(lm, text_tokenizer, tokenizer, which, max_length):
     lm.config.visual = dict(offset=offset, codes=codes, tokens=tokenizer.config.num_tokens, boi=boi, eoi=eoi,
                             max_length=max_length, tokenizer=which)
 
+def to_the_right(rows, width=0):
+    """Lists of different lengths -> (B, the longest or `width`), zeros on the left: masked there, any id will do."""
+    width = max(width, max(map(len, rows)))
+    return torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
+
 def layout(text_tokenizer, visual, texts, codes=None, width=0):
     """B captions and their codes (B, N) -> ids and mask (B, T + N + 2), as drawn at the top of this file; without codes
     (B, T + 1): a prompt, that ends with BOI. T is the longest caption's length, or `width` if that is more; padding is on the
     left. An empty caption is the unconditional prompt. Captions beyond max_length are cut."""
     room = visual["max_length"] - visual["tokens"] - 2
-    rows = [ids[:room] for ids in text_tokenizer(texts, add_special_tokens=False).input_ids]
-    width = max(width, *map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + row + [visual["boi"]] for row in rows])     # masked, so any id will do
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * (len(row) + 1) for row in rows])
+    rows = [ids[:room] + [visual["boi"]] for ids in text_tokenizer(texts, add_special_tokens=False).input_ids]
+    ids, mask = to_the_right(rows, width + 1), to_the_right([[1] * len(row) for row in rows], width + 1)
     if codes is not None:
         ends = torch.full((len(rows), 1), visual["eoi"])
         ids = torch.cat([ids, codes.cpu() + visual["offset"], ends], 1)
@@ -317,10 +320,8 @@ def chat(text_tokenizer, turns, tokens, plain=False):
 
 def pad_left(rows):
     """[(ids, scored), ...] -> ids, mask, scored (B, L)."""
-    width = max(len(ids) for ids, _ in rows)
-    fill = lambda row, value: [value] * (width - len(row)) + list(row)
-    return (torch.tensor([fill(ids, 0) for ids, _ in rows]), torch.tensor([fill([1] * len(ids), 0) for ids, _ in rows]),
-            torch.tensor([fill(scored, False) for _, scored in rows]))
+    ids, scored = zip(*rows)
+    return to_the_right(ids), to_the_right([[1] * len(row) for row in ids]), to_the_right(scored).bool()
 
 class MLLM(nn.Module):
     """LLaVA-1.5: a language model that reads Z_I (B, N, d) through a two-layer connector, in the place of <image>."""
@@ -352,7 +353,7 @@ class Conversations(Images):
             if sum(question.count("<image>") for question, _ in turns) != 1:
                 raise UserError(f"{file}, conversation {number} with an image: <image> must stand in its questions exactly once")
             if not path.is_file(): raise UserError(f"{file}, conversation {number} with an image: no file {path}; --images DIR names the folder")
-        self.records = [row for i, row in enumerate(self.records) if part is None or (i % 20 == 0) == (part == "val")]
+        self.records = split_off(self.records, part)
         if not self.records: raise UserError(f"{file} holds no conversation to use (every 20th validates): give more, or name some with --val_data")
 
     def __getitem__(self, position):
@@ -396,7 +397,7 @@ def picture_loss(net, ids, mask, visual):
     """Mean cross-entropy (nats) of the N visual tokens of each layout; -> scalar, float32."""
     logits = net(ids, mask)                                                   # (B, N, k)
     codes = ids[:, -1 - visual["tokens"]:-1] - visual["offset"]               # (B, N)
-    return F.cross_entropy(logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)), codes.flatten())
+    return F.cross_entropy(full(logits).flatten(0, 1), codes.flatten())
 
 class Generate:
     """Captions -> codes. The whole language model learns."""
@@ -457,7 +458,8 @@ class Understand:
             texts = [text for _, turns in self.data.records for turn in turns for text in turn]
         else:
             index = torch.arange(5_000)
-            texts = captions(plan(index)) + [f"{question} {answer}" for asked in questions(index, plan(index), 3) for question, (_, answer) in asked.items()]
+            scene = plan(index)
+            texts = captions(scene) + [f"{question} {answer}" for asked in questions(index, scene, 3) for question, (_, answer) in asked.items()]
         torch.manual_seed(config.seed)
         self.lm, self.text_tokenizer = build_lm(config, texts + ["USER: ASSISTANT:"])
         self.lm.config.understand = dict(dim=model_config.dim, tokens=self.tokens, image_size=self.size, max_length=config.max_length)
@@ -494,7 +496,7 @@ class Understand:
         logits, target = net(ids, mask, scored, Z_I), ids[:, 1:][scored[:, 1:]]               # (S, vocabulary), (S,)
         if right is not None:
             right.append((logits.argmax(1) == target).float().mean().item())
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), target)
+        return F.cross_entropy(full(logits), target)
 
     def validate(self, micro):
         first, total, right, losses = (VALIDATION if self.val is None else 0), self.config.val_images, [], []

@@ -146,8 +146,7 @@ class Images(torch.utils.data.Dataset):
         self.source, self.size, self.seed, self.train = source, size, seed, train
         self.random_crop, self.random_flip = random_crop, random_flip
         self.records = read_tars(source) if source.endswith(".tar") else read_folder(source)
-        if part:
-            self.records = [r for i, r in enumerate(self.records) if (i % 20 == 0) == (part == "val")]
+        self.records = split_off(self.records, part)
         if not self.records: raise UserError(f"{source} is too small to hold validation images out: name some with --val_data")
         self.order = (-1, None)
 
@@ -175,6 +174,10 @@ class Images(torch.utils.data.Dataset):
             text = record["text"] if isinstance(record["text"], str) else read_bytes(record["text"]).decode("utf-8", "replace")
             return dict(image=image, text=text.strip(), label=record["label"], name=record["name"], skipped=skipped)
         raise UserError(f"no readable image in {self.source}: the first is {skipped[0]}")
+
+def split_off(records, part):
+    """part: None for all, "train" for all but every 20th, "val" for those."""
+    return [r for i, r in enumerate(records) if part is None or (i % 20 == 0) == (part == "val")]
 
 def read_bytes(place):
     """(file, offset, size) -> bytes; size -1: the whole file."""

@@ -327,8 +327,9 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         principal components, at unit variance, so that near in the code space means alike to the eye. The codes: k means of 16 k
         such latents, drawn in proportion to their detail; otherwise flat backgrounds take most. Measured: README, "Bottleneck start"."""
         norm, linear = self.to_code
-        mean, y = norm(Z_I).mean(0), pixels.flatten(1)
-        x = norm(Z_I) - mean                                                  # (M, d)
+        x, y = norm(Z_I), pixels.flatten(1)                                   # (M, d), (M, 3 p p)
+        mean = x.mean(0)
+        x = x - mean
         ridge = 1e-3 * len(x) * torch.eye(x.shape[1], device=x.device)
         A = torch.linalg.solve(x.T @ x + ridge, x.T @ (y - y.mean(0)))        # (d, 3 p p)
         y_hat = x @ A                                                         # (M, 3 p p)
