@@ -3,16 +3,14 @@ How good is a tokenizer? Every number with its protocol.
 
     python eval.py                                     out/tiny/tokenizer on drawn shapes -> out/tiny/eval.json
     python eval.py A B ... --data FOLDER               several side by side, as a Markdown table
-
     ... --data FOLDER --part val                       the images that training without --val_data held out
     python eval.py --vqa A B ...                       the MLLM's answers, with each tokenizer's encoder swapped in -> vqa.json
     python eval.py --curves                            the logs of a run as curves.png
     python eval.py --generation                        pictures that train_ar.py's generator draws on demand -> geneval in eval.json
 
-In reading order: metrics, one function each (reconstruction, codebook, semantics); the checker of the shapes world; what a generator
-draws and an MLLM answers; the command line.
+In reading order: metrics (reconstruction, codebook, semantics); the shapes world's checker; what a generator draws and an MLLM answers; main.
 """
-import contextlib, json, math, time
+import collections, contextlib, itertools, json, math, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -44,35 +42,32 @@ class EvalConfig:
     vqa: bool = False                     # instead: questions about the shapes world, answered by out_dir's MLLM on each tokenizer's features
     generation: bool = False              # instead: score out_dir's generator on prompts of the shapes world
     curves: bool = False                  # instead: draw loss, PSNR and codebook usage from out_dir's logs
-    guidance: float = 3.0                 # of its pictures, see sample.py
+    guidance: float = 2.0                 # of its pictures, see sample.py
+    temperature: float = 0.8              # of its pictures, see sample.py
 
     def __post_init__(self):
         self.num_images = self.num_images or (512 if self.generation or self.vqa else 2048)
-        if self.num_images < (6 if self.generation else 2) or self.batch_size < 1 or self.size < 0:
-            raise UserError("--num_images is at least 2 (6 with --generation), --batch_size at least 1, --size not negative")
+        if self.num_images < (24 if self.generation else 2) or self.batch_size < 1 or self.size < 0:
+            raise UserError("--num_images is at least 2 (24 with --generation), --batch_size at least 1, --size not negative")
 
 # ---- Reconstruction -------------------------------------------------------------------------------------------------
 def ssim(x, y, data_range=1.0):
     """Structural similarity, scikit-image's defaults: 7 x 7 uniform window, sample covariance, mean over pixels and channels.
     (B, 3, H, W) in [0, 1] -> (B,). data_range 1 is right for [0, 1]; 2 is what LlamaGen's and UniLIP's tables use."""
     x, y = (((i if i.device.type == "mps" else i.double()).clamp(0, 1) * 255).round() / 255 for i in (x, y))     # mps knows no float64
-    c1, c2, n = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2, 49
-    mean = lambda z: F.avg_pool2d(z, 7, stride=1)
-    mx, my = mean(x), mean(y)
-    var = lambda a, b, ma, mb: (mean(a * b) - ma * mb) * n / (n - 1)
-    vx, vy, cov = var(x, x, mx, mx), var(y, y, my, my), var(x, y, mx, my)
-    score = (2 * mx * my + c1) * (2 * cov + c2) / ((mx ** 2 + my ** 2 + c1) * (vx + vy + c2))
-    return score.mean((1, 2, 3))
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    mx, my, xx, yy, xy = (F.avg_pool2d(i, 7, stride=1) for i in (x, y, x * x, y * y, x * y))
+    vx, vy, cov = ((mean - product) * 49 / 48 for mean, product in ((xx, mx * mx), (yy, my * my), (xy, mx * my)))
+    return ((2 * mx * my + c1) * (2 * cov + c2) / ((mx ** 2 + my ** 2 + c1) * (vx + vy + c2))).mean((1, 2, 3))
 
 class Frechet:
     """Streaming Frechet distance between two sets of features: sums of outer products, however many images."""
     def __init__(self, ranks):
-        self.ranks, self.sums = ranks, [None, None]
+        self.ranks, self.sums = ranks, [0, 0]
 
     def add(self, side, features):                                            # side 0 or 1, (B, f)
         f = features.cpu().double()
-        new = torch.cat([f.T @ f, f.sum(0)[None], torch.full((1, f.shape[1]), float(len(f)), dtype=torch.float64)])
-        self.sums[side] = new if self.sums[side] is None else self.sums[side] + new
+        self.sums[side] += torch.cat([f.T @ f, f.sum(0)[None], torch.full_like(f[:1], len(f))])       # (f + 2, f)
 
     def distance(self):
         """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), with the sample covariances."""
@@ -88,39 +83,33 @@ class Frechet:
         return mean, (sums[:-2] - n * mean[:, None] * mean) / (n - 1)
 
 def inception(weights):
-    """images (B, 3, H, W) in [0, 1] -> (B, 2048): pytorch-fid's Inception, through torch-fidelity. Never another network."""
+    """A network, images (B, 3, H, W) uint8 -> ((B, 2048),): pytorch-fid's Inception, through torch-fidelity. Never another."""
     with explained("torch-fidelity is not installed: pip install torch-fidelity", ImportError):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     with explained("Inception weights cannot be had: pass --inception_weights FILE"):
         return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights or None).eval()
 
 @torch.no_grad()
-def reconstruction(model, teacher, dataset, positions, config, ranks):
-    """One pass over the images -> the metrics, and the codes' counts (k,). `positions`: this rank's share."""
-    device, native = ranks.device, model.config.image_size
-    out, reasons, nets = {}, {}, {}
-    for name, build in (("lpips", lambda: build_lpips(config.lpips_weights)), ("rfid", lambda: inception(config.inception_weights))):
-        try:
-            nets[name] = build().requires_grad_(False).to(device)
-        except UserError as error:                                            # the other metrics still come out
-            out[name], reasons[name] = None, str(error)
-    frechet = {name: Frechet(ranks) for name in ("fd_vfm", "rfid") if name in nets or (name == "fd_vfm" and teacher)}
-    sums, objects, counts = torch.zeros(6, dtype=torch.float64), torch.zeros(5, dtype=torch.float64), torch.zeros(model.config.codebook_size, dtype=torch.float64)
-    size = config.size or model.config.output_size
+def reconstruction(model, nets, dataset, positions, config, ranks):
+    """One pass over the images -> the metrics, and the codes' counts (k,). nets: lpips, rfid and teacher, those there are; what needs
+    another is left out. positions: this rank's share."""
+    native, size = model.config.image_size, config.size or model.config.output_size
+    frechet = {name: Frechet(ranks) for name, net in (("fd_vfm", "teacher"), ("rfid", "rfid")) if net in nets}
+    sums, objects = collections.Counter(), torch.zeros(5, dtype=torch.float64)
+    counts = torch.zeros(model.config.codebook_size, dtype=torch.float64)
     for batch in tqdm(batches(dataset, native, positions, config.batch_size, config.num_workers),
                       total=math.ceil(len(positions) / config.batch_size), desc="reconstruct", disable=not ranks.first):
-        original = batch["image"].to(device)
+        original = batch["image"].to(ranks.device)
         result = model(resize(original, native))
-        x, y = resize(original, size), resize(result.reconstruction.clamp(0, 1), size)
-        x, y = ((i * 255).round() / 255 for i in (x, y))                      # what a picture file would hold
+        x, y = ((resize(i, size) * 255).round() / 255 for i in (original, result.reconstruction.clamp(0, 1)))     # as a picture file holds it
+        sums.update(num_images=len(x), psnr=psnr(x, y).sum().item(), ssim=ssim(x, y).sum().item(), ssim_dr2=ssim(x, y, 2.0).sum().item())
         if "lpips" in nets:
-            sums[3] += nets["lpips"](x * 2 - 1, y * 2 - 1).sum().item()
-        sums += torch.tensor([psnr(x, y).sum(), ssim(x, y).sum(), ssim(x, y, 2.0).sum(), 0, len(x), 0])
-        if teacher:
-            T_X = teacher(resize(original, native))
-            sums[5] += F.cosine_similarity(result.Z_I, T_X, dim=-1).mean(1).sum().item()
+            sums["lpips"] += nets["lpips"](x * 2 - 1, y * 2 - 1).sum().item()
+        if "teacher" in nets:
+            T_X = nets["teacher"](resize(original, native))
+            sums["cosine_to_teacher"] += F.cosine_similarity(result.Z_I, T_X, dim=-1).mean(1).sum().item()
             frechet["fd_vfm"].add(0, T_X.mean(1))
-            frechet["fd_vfm"].add(1, teacher(resize(y, native)).mean(1))
+            frechet["fd_vfm"].add(1, nets["teacher"](resize(y, native)).mean(1))
         if "rfid" in nets:
             for side, images in enumerate((x, y)):
                 frechet["rfid"].add(side, nets["rfid"]((images * 255).round().to(torch.uint8))[0])
@@ -128,32 +117,25 @@ def reconstruction(model, teacher, dataset, positions, config, ranks):
             counts += torch.bincount(result.indices.flatten().cpu(), minlength=len(counts))
         if dataset is None:
             scene = batch["scene"]
-            there = torch.stack([scene.present, HELD_OUT[scene.shape, scene.color], *(objects_right(resize(i, SIDE).cpu(), scene) for i in (x, y))])[:, scene.present]
-            objects += torch.cat([there.sum(1), (there[1] & there[3]).sum()[None]])
-    sums, counts, objects = ranks.sum(sums), ranks.sum(counts), ranks.sum(objects).tolist()
-    n = int(sums[4])
-    out |= dict(zip(("psnr", "ssim", "ssim_dr2"), (sums[:3] / n).tolist()), num_images=n)
-    if "lpips" in nets:
-        out["lpips"] = sums[3].item() / n
-    for name, f in frechet.items():
-        out[name] = f.distance()
-    if teacher:
-        out["cosine_to_teacher"] = sums[5].item() / n
+            unseen = scene.present & HELD_OUT[scene.shape, scene.color]
+            originals, right = (objects_right(resize(i, SIDE).cpu(), scene) for i in (x, y))
+            objects += torch.stack([scene.present, originals, right, unseen, right & unseen]).sum((1, 2))
+    out = {name: f.distance() for name, f in frechet.items()}
+    sums = dict(zip(sums, ranks.sum(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()))
+    n, counts = int(sums.pop("num_images")), ranks.sum(counts)
+    out |= {name: total / n for name, total in sums.items()} | dict(num_images=n)
     if dataset is None:
-        out |= dict(objects_right=objects[3] / objects[0], objects_right_originals=objects[2] / objects[0], objects_right_held_out=objects[4] / max(1, objects[1]))
+        present, originals, right, unseen, right_unseen = ranks.sum(objects).tolist()
+        out |= dict(objects_right=right / present, objects_right_originals=originals / present, objects_right_held_out=right_unseen / max(1, unseen))
     small = [name for name in frechet if n < (2048 if name == "rfid" else 2 * model.config.dim)]
-    if small:
-        reasons["few_images"] = f"{n} images are too few for a steady {' and '.join(small)}"
-    out["reasons"] = reasons
-    out["protocol"] = (f"{config.data}: {n} images, shorter edge to {dataset.size if dataset else native} px (bicubic, antialiased), centre crop; reconstructed at {native} px, "
-                       f"scored at {size} px, clamped and rounded to 8 bits; PSNR per image, then mean; reference set: the same images")
+    out["reasons"] = dict(few_images=f"{n} images are too few for a steady {' and '.join(small)}") if small else {}
+    out["protocol"] = (f"{config.data}: {n} images, shorter edge to {dataset.size if dataset else native} px (bicubic, antialiased), centre crop; "
+                       f"reconstructed at {native} px, scored at {size} px, clamped and rounded to 8 bits; PSNR per image, then mean; reference set: the same images")
     return out, counts
 
 def codebook(counts):
     """How often each code was used (k,) -> usage, dead codes, entropy in bits and its exponential, the perplexity."""
-    share = counts / counts.sum()
-    entropy = torch.special.entr(share).sum()
-    used = int((counts > 0).sum())
+    entropy, used = torch.special.entr(counts / counts.sum()).sum(), int(counts.count_nonzero())
     return dict(codebook_usage=used / len(counts), dead_codes=len(counts) - used, codebook_perplexity=entropy.exp().item(),
                 token_entropy_bits=entropy.item() / math.log(2))
 
@@ -172,7 +154,6 @@ def probe(train, train_labels, test, test_labels, steps=100, decay=1e-3):
     weight = torch.zeros(train.shape[1] + 1, int(train_labels.max()) + 1, requires_grad=True)
     score = lambda x: x @ weight[:-1] + weight[-1]
     optimizer = torch.optim.LBFGS([weight], max_iter=steps, line_search_fn="strong_wolfe")
-
     def closure():
         optimizer.zero_grad()
         loss = F.cross_entropy(score(train), train_labels) + decay * weight[:-1].square().sum()
@@ -182,31 +163,28 @@ def probe(train, train_labels, test, test_labels, steps=100, decay=1e-3):
     return (score(test).argmax(1) == test_labels).float().mean().item()
 
 @torch.no_grad()
-def semantics(model, teacher, dataset, config, ranks):
+def semantics(model, teacher, dataset, total, config, device):
     """kNN and probe accuracy of teacher, features Z_I and tokens Z_q. Even images to fit, odd ones to test. On shapes: one-object
     pictures, their 48 shape-colour pairs as classes."""
-    device, rows, labels, small = ranks.device, {}, [], []
-    total = config.num_images if dataset is None else min(config.num_images, len(dataset))
+    rows, labels, small = {}, [], []
     for batch in single_objects(total) if dataset is None else batches(dataset, model.config.image_size, range(total), config.batch_size):
         images = resize(batch["image"].to(device), model.config.image_size)
         result = model(images)
-        found = dict(features=result.Z_I)
-        if teacher:
-            found["teacher"] = teacher(images)
-        if result.indices is not None:
-            found["tokens"] = model.quantizer.lookup(result.indices)
+        found = dict(features=result.Z_I, teacher=teacher and teacher(images), tokens=model.quantizer and model.quantizer.lookup(result.indices))
         for name, z in found.items():
-            rows.setdefault(name, []).append(z.mean(1).float().cpu())         # (B, N, d) -> (B, d)
+            if z is not None:
+                rows.setdefault(name, []).append(z.mean(1).float().cpu())     # (B, N, d) -> (B, d)
         labels += batch["label"]
-        small += [resize(images, 64).cpu()] * (len(labels) <= 4096)
-    if model.quantizer: draw_clusters({name: torch.cat(z) for name, z in rows.items() if name != "teacher"}, torch.cat(small), Path(config.out_dir) / "clusters.png")
+        small += [resize(images, 64).cpu()] * (len(small) * len(images) < 4096)
+    rows = {name: torch.cat(z) for name, z in rows.items()}                   # (total, d)
+    if model.quantizer and len(labels) >= 8:                                  # one image a cluster at least
+        draw_clusters((rows["features"], rows["tokens"]), torch.cat(small), Path(config.out_dir) / "clusters.png")
     classes = {label: i for i, label in enumerate(sorted(set(labels)))}
     if len(classes) < 2:
         return dict(knn_top1=None, probe_top1=None), dict(semantics=f"{config.data} has no classes (folders, or label in metadata.jsonl)")
     labels = torch.tensor([classes[label] for label in labels])
-    halves = {name: torch.cat(z) for name, z in rows.items()}
     with torch.enable_grad():
-        return {key: {name: f(z[::2], labels[::2], z[1::2], labels[1::2]) for name, z in halves.items()}
+        return {key: {name: f(z[::2], labels[::2], z[1::2], labels[1::2]) for name, z in rows.items()}
                 for key, f in (("knn_top1", knn), ("probe_top1", probe))}, {}
 
 def draw_clusters(rows, images, path, k=8, across=8):
@@ -214,34 +192,26 @@ def draw_clusters(rows, images, path, k=8, across=8):
     sides = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        for z in (z[:len(images)] for z in rows.values() if len(images) >= k):
-            z, means = F.normalize(z, dim=1), SimVQ(k, z.shape[1])
+        for z in rows:
+            z, means = F.normalize(z[:len(images)], dim=1), SimVQ(k, z.shape[1])
             means.init_codebook(z, iterations=30)
             own, far = nearest(z, means.codebook), torch.cdist(z, means.codebook)
-            picked = [far[:, c].masked_fill(own != c, math.inf).topk(min(across, len(z)), largest=False) for c in own.bincount(minlength=k).argsort(descending=True)]
-            sides.append(torch.stack([torch.where(d.isinf()[:, None, None, None], 1, images[i]) for d, i in picked]))         # (k, across, 3, 64, 64)
-    if sides:
-        save_image(torch.cat([make_grid(side.flatten(0, 1), nrow=side.shape[1], pad_value=1) for side in sides], 2), path)
+            order = own.bincount(minlength=k).argsort(descending=True)
+            picked = [far[:, c].masked_fill(own != c, math.inf).topk(across, largest=False) for c in order]
+            shown = torch.cat([torch.where(d.isinf()[:, None, None, None], 1, images[i]) for d, i in picked])      # (k across, 3, 64, 64)
+            sides.append(make_grid(shown, nrow=across, pad_value=1))
+    save_image(torch.cat(sides, 2), path)
 
 def single_objects(total, batch=64):
     for at in range(0, total, batch):
         scene = plan(torch.arange(at, min(at + batch, total)) + 2 * VALIDATION, task=0)
         yield dict(image=render(scene), label=(scene.shape[:, 0] * 8 + scene.color[:, 0]).tolist())
 
-# ---- The checker: what objects are in a picture of the shapes world? Analysis by synthesis: fit the background, cut out what
-# differs, and see which shape, drawn there in that size, comes nearest. No learned model.
+# ---- The checker: what objects are in a picture of the shapes world? Analysis by synthesis: cut out what has a colour, and see
+# which shape, drawn there in that size, comes nearest. No learned model.
 def find_objects(images, least_area=25):
     """(B, 3, 64, 64) in [0, 1] -> for M found objects: picture, shape, color (M,) int64, x, y (M,) pixels."""
-    size = SIDE * SIDE
-    axis = (torch.arange(SIDE) + 0.5) / SIDE - 0.5
-    basis = torch.stack([torch.ones(size), axis.repeat(SIDE), axis.repeat_interleave(SIDE)], 1)            # (P, 3): a plane
-    pixels = images.flatten(2).transpose(1, 2)                                # (B, P, 3)
-    background = pixels.median(1, keepdim=True).values
-    for _ in range(6):                                                        # a plane through what looks like background
-        weight = torch.exp(-((pixels - background) / 0.1).square().sum(-1, keepdim=True))
-        gram = basis.T @ (weight * basis) + 1e-4 * torch.eye(3)
-        background = basis @ torch.linalg.solve(gram, basis.T @ (weight * pixels))
-    delta = (pixels - background).transpose(1, 2).unflatten(2, (SIDE, SIDE))  # (B, 3, H, W)
+    delta, size = images - images.mean(1, keepdim=True), SIDE * SIDE          # (B, 3, H, W); what has a colour is no background
     foreground = (delta.norm(dim=1, keepdim=True) > 0.14).float()
     label, before = torch.arange(1, size + 1.0).view(1, 1, SIDE, SIDE) * foreground, None
     while before is None or not torch.equal(label, before):                   # connected regions take their largest number
@@ -290,7 +260,7 @@ def fulfilled(images, scene, least=6.0):
     found, right = [[] for _ in images], []
     for b, *thing in zip(*(t.tolist() for t in find_objects(images))):
         found[b].append(thing)                                                # [shape, color, x, y]
-    for things, task, n, relation, shapes, colors in zip(found, *(t.tolist() for t in (scene.task, scene.count, scene.relation, scene.shape, scene.color))):
+    for things, task, n, relation, shapes, colors in zip(found, *(t.tolist() for t in scene[:5])):
         colored = TASKS[task] in COLORED
         places = [[(x, y) for s, c, x, y in things if s == shape and (c == color or not colored)] for shape, color in zip(shapes[:n], colors)]
         if TASKS[task] == "counting":
@@ -312,7 +282,7 @@ def generation(config, ranks):
     prompts, drawn, rebuilt = captions(scene), [], []
     with tqdm(total=len(number) * lm.config.visual["tokens"], desc="sampling", unit="code") as bar:
         for part in number.split(config.batch_size):
-            codes = generate(lm, text_tokenizer, [prompts[i] for i in part], part.tolist(), config.guidance, bar=bar)
+            codes = generate(lm, text_tokenizer, [prompts[i] for i in part], part.tolist(), config.guidance, config.temperature, bar=bar)
             drawn.append(tokenizer.detokenize(codes).clamp(0, 1).cpu())
             rebuilt.append(tokenizer(render(Scene(*(values[part] for values in scene))).to(ranks.device)).reconstruction.clamp(0, 1).cpu())
     drawn = torch.cat(drawn)
@@ -321,12 +291,12 @@ def generation(config, ranks):
     out = {}
     for name, images in (("geneval", drawn), ("geneval_ceiling", torch.cat(rebuilt))):
         right = fulfilled(images, scene).float()
-        scores = {task: right[scene.task == t].mean().item() for t, task in enumerate(TASKS[:6])}
+        scores = {task: right[(scene.task == t) & ~novel].mean().item() for t, task in enumerate(TASKS[:6])}
         out[name] = scores | dict(overall=sum(scores.values()) / 6, held_out_pairs=right[novel].mean().item() if novel.any() else None)
     shown = drawn[:min(60, len(drawn) // 6 * 6)].unflatten(0, (-1, 6)).transpose(0, 1)                    # (6, n, 3, 64, 64): a row a task
     save_image(make_grid(shown.flatten(0, 1), nrow=shown.shape[1]), Path(config.out_dir) / "geneval.png")
-    protocol = (f"{len(number)} validation prompts, a sixth each; guidance {config.guidance}, temperature 1, all codes; {int(novel.sum())} prompts name a colour-shape "
-                f"pair that training never showed; pictures in {config.out_dir}/geneval.png, a row a task")
+    protocol = (f"{len(number)} validation prompts, a sixth each; guidance {config.guidance}, temperature {config.temperature}, all codes; {int(novel.sum())} prompts "
+                f"name a colour-shape pair that training never showed, and are scored apart; pictures in {config.out_dir}/geneval.png, a row a task")
     return out | dict(geneval_protocol=protocol)
 
 # ---- Understanding: the shapes world's questions, asked of an MLLM that reads the teacher's features or, untrained, another encoder's
@@ -353,35 +323,40 @@ def vqa(folder, config, ranks):
     result = dict(psnr=torch.cat(psnrs).mean().item())
     for name, texts in zip(features, said):
         right = {kind: [a == b for k, a, b in zip(kinds, truths, texts) if k == kind] for kind in sorted(set(kinds))}
-        result[f"vqa_{name}"] = {kind: sum(r) / len(r) for kind, r in right.items()} | dict(overall=sum(map(sum, right.values())) / len(rows))
+        result[f"vqa_{name}"] = {kind: sum(r) / len(r) for kind, r in right.items()}
+        result[f"vqa_{name}"]["overall"] = sum(map(sum, right.values())) / len(rows)
         yes = [(a == "yes", b == "yes") for k, a, b in zip(kinds, truths, texts) if k == "presence"]     # (true, said)
         both, true, claimed = yes.count((True, True)), sum(a for a, _ in yes), sum(b for _, b in yes)
-        result[f"pope_{name}"] = dict(accuracy=sum(a == b for a, b in yes) / len(yes), precision=both / max(1, claimed), recall=both / max(1, true), f1=2 * both / max(1, true + claimed))
-    return result | dict(protocol=f"{len(rows)} questions about {len(index)} validation pictures, each asked alone; an answer is right if it is the same text", reasons={})
+        result[f"pope_{name}"] = dict(accuracy=sum(a == b for a, b in yes) / len(yes), precision=both / max(1, claimed),
+                                      recall=both / max(1, true), f1=2 * both / max(1, true + claimed))
+    protocol = f"{len(rows)} questions about {len(index)} validation pictures, each asked alone; an answer is right if it is the same text"
+    return result | dict(protocol=protocol, reasons={})
 
 # ---- The command line
 def evaluate(folder, config, ranks):
     """Everything about one tokenizer -> a dict with the fixed keys."""
     model, start = load_tokenizer(folder, ranks.device), time.time()
-    reasons = {}
-    try:
-        teacher = load_teacher(folder, model.config).to(ranks.device)
-    except UserError as error:
-        teacher, reasons["teacher"] = None, str(error)
-    size = max(config.size, model.config.image_size, model.config.output_size)
-    dataset = None if config.data == "shapes" else Images(config.data, size, train=False, part=config.part if config.part == "val" else None)
-    if dataset:
-        dataset.records = dataset.records[::max(1, len(dataset) // config.num_images)]
-    first = VALIDATION if dataset is None else 0
-    total = config.num_images if dataset is None else min(config.num_images, len(dataset))
+    dataset, first, total = None, VALIDATION, config.num_images
+    if config.data != "shapes":
+        size = max(config.size, model.config.image_size, model.config.output_size)
+        dataset, first = Images(config.data, size, train=False, part=None if config.part == "all" else config.part), 0
+        dataset.records = dataset.records[::max(1, len(dataset) // total)]
+        total = min(total, len(dataset))
+    if total < ranks.size: raise UserError(f"{total} images are fewer than the {ranks.size} ranks: give more, or start fewer ranks")
+    nets, reasons = {}, {}
+    for name, build, *source in (("teacher", load_teacher, folder, model.config), ("lpips", build_lpips, config.lpips_weights),
+                                 ("rfid", inception, config.inception_weights)):
+        try:
+            nets[name] = build(*source).requires_grad_(False).to(ranks.device)
+        except UserError as error:                                            # the metrics that do without it still come out
+            reasons[name] = str(error)
+    metrics, counts = reconstruction(model, nets, dataset, range(first + ranks.rank, first + total, ranks.size), config, ranks)
     keys = "psnr ssim ssim_dr2 lpips rfid fd_vfm codebook_usage codebook_perplexity token_entropy_bits cosine_to_teacher"
-    result = dict.fromkeys(keys.split())
-    metrics, counts = reconstruction(model, teacher, dataset, range(first + ranks.rank, first + total, ranks.size), config, ranks)
-    result |= metrics
+    result = dict.fromkeys(keys.split()) | metrics
     if model.quantizer:
         result |= codebook(counts)
     if ranks.first:
-        accuracy, why = semantics(model, teacher, dataset, config, ranks)
+        accuracy, why = semantics(model, nets.get("teacher"), dataset, total, config, ranks.device)
         result |= accuracy
         result["reasons"] |= reasons | why
     return result | dict(seconds=round(time.time() - start, 1))
@@ -394,7 +369,7 @@ def draw_curves(out):
     if not logs: raise UserError(f"no log_*.jsonl in {out}: --out_dir names the run")
     _, axes = plt.subplots(1, 3, figsize=(15, 4))
     for axis, keys in zip(axes, (("loss", "val_loss"), ("val_psnr",), ("codebook_usage", "val_codebook_usage"))):
-        for (name, rows), key in ((item, key) for item in logs.items() for key in keys):
+        for (name, rows), key in itertools.product(logs.items(), keys):
             if points := [(row["step"], row[key]) for row in rows if key in row]:
                 axis.plot(*zip(*points), label=f"{name}: {key}")
         axis.set(xlabel="step", yscale="log" if keys[0] == "loss" else "linear")
@@ -414,29 +389,28 @@ def table(results):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 def main():
-    config, _, origin = parse_config(EvalConfig, {}, lambda _: [])
-    ranks = Ranks(config.device)
-    Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+    config, *_ = parse_config(EvalConfig, {}, lambda _: [])
+    ranks, out = Ranks(config.device), Path(config.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
     if config.curves:
-        return draw_curves(Path(config.out_dir))
-    path, before = Path(config.out_dir) / ("vqa.json" if config.vqa else "eval.json"), {}
+        return draw_curves(out)
+    if config.generation and not ranks.first:
+        return
+    path, before = out / ("vqa.json" if config.vqa else "eval.json"), {}
     with contextlib.suppress(OSError, ValueError):                            # what is there about one tokenizer and its generator stays
         before = {key: value for key, value in json.loads(path.read_text()).items() if len(config.tokenizers) < 2 and not config.vqa and "/" not in key}
     if config.generation:
-        if not ranks.first:
-            return
         result = generation(config, ranks)
         results, notes = {key: result[key] for key in ("geneval", "geneval_ceiling")}, [result["geneval_protocol"]]
     else:
-        folders = [str(folder) for folder in config.tokenizers or (f"{config.out_dir}/tokenizer",)]
+        folders = config.tokenizers or [f"{config.out_dir}/tokenizer"]
         results = {folder: (vqa if config.vqa else evaluate)(folder, config, ranks) for folder in folders}
-        if not ranks.first:
-            return
         result = results if len(folders) > 1 else results[folders[0]]
         notes = [note for f in folders for note in (f"{f}: {results[f]['protocol']}", *(f"  {what}: {why}" for what, why in results[f]["reasons"].items()))]
-    print(table(results), *notes, sep="\n")
-    path.write_text(json.dumps(before | result, indent=1))
-    print(f"wrote {path}")
+    if ranks.first:
+        print(table(results), *notes, sep="\n")
+        path.write_text(json.dumps(before | result, indent=1))
+        print(f"wrote {path}")
 
 if __name__ == "__main__":
     command_line(main)

@@ -14,19 +14,18 @@ rank or the other captions (float32, CPU).
 
 In reading order: configuration, generate, answer, what to draw, main.
 """
-import functools, json, os, re, zlib
+import functools, json, re, time, zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from torchvision.transforms.v2 import functional as TF
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import save_image
 from tqdm import tqdm
 from transformers import StaticCache
 
 from train_ar import chat, layout, load_generator, load_mllm, pad_left, positions_of, square, visual_logits
-from train_tokenizer import decode
+from train_tokenizer import decode, resize
 from vqrae import Ranks, UserError, command_line, explained, full, load_tokenizer, parse_config, print_config
 
 @dataclass
@@ -54,26 +53,26 @@ class SampleConfig:
     top_p: float = 1.0                    # [LlamaGen] draw among the likeliest codes that hold this share of the probability
     seed: int = 0                         # of a caption's first picture; the next has seed + 1
     batch_size: int = 64                  # pictures at a time
+    bench: bool = False                   # instead: draw a batch of the first caption twice, and say how fast the second was
 
     def __post_init__(self):
         self.out_dir = self.out_dir or f"out/{self.config}"
         if sum(map(bool, (self.prompt or self.prompts, self.geneval, self.dpg, self.ask))) != 1 or bool(self.ask) != bool(self.image):
-            raise UserError('nothing to do, or too much: give --prompt "a red circle" (repeatable) and --prompts FILE, or --geneval FILE, or --dpg DIR, '
-                            'or --image FILE with --ask "how many circles are there?"')
+            raise UserError('nothing to do, or too much: give --prompt "a red circle" (repeatable) and --prompts FILE, or --geneval FILE, '
+                            'or --dpg DIR, or --image FILE with --ask "how many circles are there?"')
         if self.batch_size < 1 or self.num_images < 0 or self.resolution < 0:
             raise UserError("--batch_size is at least 1, --num_images and --resolution at least 0")
         if self.dpg and self.num_images not in (0, 4):
             raise UserError("--dpg makes four pictures a prompt, as its scorer's --pic-num 4 wants: leave --num_images out")
         check_options(self.guidance, self.temperature, self.top_k, self.top_p)
 
-PRESETS = {"tiny": dict(precision="float32", guidance=3.0, top_k=0)}                                                                 # [ours]
+PRESETS = {"tiny": dict(precision="float32", guidance=2.0, temperature=0.8, top_k=0)}                                                                 # [ours]
 
 def check_options(guidance, temperature, top_k, top_p):
-    for name, value, fits, allowed in (("guidance", guidance, 0 <= guidance < 100, "from 0 to 100; 1 is no guidance"),
-                                       ("temperature", temperature, 0 <= temperature < 100, "from 0 to 100; 0 takes the likeliest code"),
-                                       ("top_k", top_k, top_k >= 0, "at least 0; 0 is all codes"),
-                                       ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1; 1 is all codes")):
-        if not fits: raise UserError(f"--{name} {value} is out of range: {allowed}")
+    if not 0 <= guidance < 100: raise UserError(f"--guidance {guidance} is out of range: from 0 to 100; 1 is no guidance")
+    if not 0 <= temperature < 100: raise UserError(f"--temperature {temperature} is out of range: from 0 to 100; 0 takes the likeliest code")
+    if top_k < 0: raise UserError(f"--top_k {top_k} is out of range: at least 0; 0 is all codes")
+    if not 0 < top_p <= 1: raise UserError(f"--top_p {top_p} is out of range: above 0 and at most 1; 1 is all codes")
 
 # ---- Text -> codes --------------------------------------------------------------------------------------------------
 def choose(logits, u, temperature, top_k, top_p):
@@ -104,20 +103,18 @@ def cache_and_step(lm, rows, length, compiled):
 @torch.no_grad()
 def generate(lm, text_tokenizer, prompts, seeds, guidance=1.0, temperature=1.0, top_k=0, top_p=1.0, width=0, compiled=False, bar=None):
     """B captions and B seeds -> codes (B, N) int64. "" is the unconditional prompt. See SampleConfig for the options' ranges.
-
     width: columns for the captions, if more than the longest needs (equal shapes spare compilations). compiled: with
     torch.compile, worth it on a GPU. bar: a tqdm, that counts codes. Raises UserError on an option out of range."""
     check_options(guidance, temperature, top_k, top_p)
     visual, device, B = lm.config.visual, lm.device, len(prompts)
     N, guided = visual["tokens"], guidance != 1
     chance = torch.stack([torch.rand(N, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(device)   # (B, N): the only randomness
-    ids, mask = layout(text_tokenizer, visual, [*prompts, *[""] * B] if guided else list(prompts), width=width)
-    ids, mask = ids.to(device), mask.to(device)                               # (R, T), R = 2 B when guided: c above u
-    R, T = ids.shape
+    ids, mask = (t.to(device) for t in layout(text_tokenizer, visual, [*prompts, *[""] * B] if guided else list(prompts), width=width))
+    R, T = ids.shape                                                          # R = 2 B when guided: c above u
     length = T + N - 1                                                        # the last code is drawn, not read
     at = torch.arange(length, device=device)
     seen = torch.cat([mask.bool(), torch.ones(R, N - 1, dtype=torch.bool, device=device)], 1)           # (R, length)
-    allowed = (seen[:, None, None] & (at <= at[:T, None])) | (at == at[:T, None])     # (R, 1, T, length); padding sees itself: a softmax over nothing is NaN
+    allowed = (seen[:, None, None] & (at <= at[:T, None])) | (at == at[:T, None])     # (R, 1, T, length); padding sees itself, or softmax gives NaN
     positions = positions_of(mask)                                            # (R, T)
     cache, run = cache_and_step(lm, R, length, compiled)
     cache.reset()
@@ -170,29 +167,28 @@ def read_jobs(config):
     """-> out folder, jobs, and the {path: text} that goes beside the pictures."""
     each = config.num_images or (4 if config.geneval or config.dpg else 1)
     seeds = lambda prompt: [zlib.crc32(f"{config.seed + j} {prompt}".encode()) for j in range(each)]     # no two captions share chance
+    read = lambda file: Path(file).read_text("utf-8", "replace").splitlines()
+    out = Path(config.out or f"{config.out_dir}/{'geneval' if config.geneval else 'dpg' if config.dpg else 'samples'}")
     jobs, beside = [], {}
     if config.geneval:                            # OUT/00003/metadata.jsonl, OUT/00003/samples/00000.png, ...
-        out = Path(config.out or f"{config.out_dir}/geneval")
-        for i, line in enumerate(Path(config.geneval).read_text("utf-8", "replace").splitlines()):
-            with explained(f"{config.geneval}, line {i + 1}: not JSON with a prompt: {line[:60]!r}; mend or remove that line"):
-                prompt = json.loads(line)["prompt"].strip()
+        for i, line in enumerate(read(config.geneval)):
             folder, where = out / f"{i:05d}", f"{config.geneval}, line {i + 1}"
+            with explained(f"{where}: not JSON with a prompt: {line[:60]!r}; mend or remove that line"):
+                prompt = " ".join(json.loads(line)["prompt"].split())
             beside[folder / "metadata.jsonl"] = line + "\n"
             jobs += [Job(prompt, [seed], folder / "samples" / f"{j:05d}.png", where) for j, seed in enumerate(seeds(prompt))]
     elif config.dpg:                              # OUT/NAME.png, four pictures in two rows
-        out = Path(config.out or f"{config.out_dir}/dpg")
-        for file in sorted(Path(config.dpg).glob("*.txt")):
-            prompt = " ".join(Path(file).read_text("utf-8", "replace").splitlines()).strip()
-            jobs.append(Job(prompt, seeds(prompt), out / f"{file.stem}.png", str(file)))
+        prompts = {file: " ".join(" ".join(read(file)).split()) for file in sorted(Path(config.dpg).glob("*.txt"))}
+        jobs = [Job(prompt, seeds(prompt), out / f"{file.stem}.png", str(file)) for file, prompt in prompts.items()]
         if not jobs: raise UserError(f"--dpg {config.dpg}: no folder with .txt prompts (DPG-Bench's dpg_bench/prompts)")
     else:
-        out = Path(config.out or f"{config.out_dir}/samples")
-        lines = enumerate(Path(config.prompts).read_text("utf-8", "replace").splitlines() if config.prompts else [], 1)
-        prompts = [(p.strip(), f"--prompt {p[:40]!r}") for p in config.prompt or []]
-        prompts += [(line.strip(), f"{config.prompts}, line {i}") for i, line in lines if line.strip()]
+        prompts = [(" ".join(p.split()), f"--prompt {p[:40]!r}") for p in config.prompt or []]
+        if config.prompts:
+            prompts += [(" ".join(line.split()), f"{config.prompts}, line {i}") for i, line in enumerate(read(config.prompts), 1) if line.strip()]
         if not prompts: raise UserError(f"--prompts {config.prompts}: no caption in it; write one a line")
         for prompt, where in prompts:
-            name = re.sub(r"\W+", "-", prompt)[:60].strip("-") + f"-{zlib.crc32(prompt.encode()):08x}" * (len(prompt) > 60 or re.search(r"[^\w ]", prompt) is not None)
+            tail = "" if re.fullmatch(r"[\w ]{0,60}", prompt) else f"-{zlib.crc32(prompt.encode()):08x}"      # where the name loses some of it
+            name = re.sub(r"\W+", "-", prompt)[:60].strip("-") + tail
             jobs += [Job(prompt, [seed], out / f"{name}-{config.seed + j}.png", where) for j, seed in enumerate(seeds(prompt))]
     return out, jobs, beside
 
@@ -200,18 +196,18 @@ def check_text(text, where, text_tokenizer, room):
     ids = text_tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     if not ids.input_ids: raise UserError(f"{where} is empty: say what to draw or what to answer")
     if len(ids.input_ids) > room:
-        raise UserError(f"{where} has {len(ids.input_ids)} tokens, and this model was made for at most {room}: shorten it, or train with a larger --max_length")
-    unknown = [text[a:b] for i, (a, b) in zip(ids.input_ids, ids.offset_mapping) if i == text_tokenizer.unk_token_id]
-    if unknown and text_tokenizer.unk_token_id is not None:
+        raise UserError(f"{where} has {len(ids.input_ids)} tokens, and this model was made for at most {room}: shorten it, "
+                        f"or train with a larger --max_length")
+    if unknown := [text[a:b] for i, (a, b) in zip(ids.input_ids, ids.offset_mapping) if i == text_tokenizer.unk_token_id]:
         known = sorted(word for word in text_tokenizer.get_vocab() if not word.startswith("<"))
-        raise UserError(f"{where}: this model never learned the word {unknown[0]!r}; it knows {len(known)}: {' '.join(known[:60])}" + " ..." * (len(known) > 60))
+        raise UserError(f"{where}: this model never learned the word {unknown[0]!r}; it knows {len(known)}: {' '.join(known[:60])} ...")
 
 def save_picture(images, path):
     """(1, 3, H, W), or (4, 3, H, W) as a 2 x 2 grid without gaps; the whole file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.partial.png")
-    save_image(make_grid(images, nrow=2, padding=0), partial)
-    os.replace(partial, path)
+    save_image(images, partial, nrow=2, padding=0)
+    partial.replace(path)
 
 def main():
     config, _, origin = parse_config(SampleConfig, PRESETS, lambda values: [values["config"]])
@@ -221,21 +217,28 @@ def main():
     if config.ask:
         return converse(config, ranks.device)
     out, jobs, beside = read_jobs(config)
-    lm, text_tokenizer, tokenizer = load_generator(config.out_dir, config.tokenizer, ranks.device,
-                                                   torch.bfloat16 if config.precision == "bf16" else torch.float32)
-    visual = lm.config.visual
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    lm, text_tokenizer, tokenizer = load_generator(config.out_dir, config.tokenizer, ranks.device, dtype)
+    visual, resolution = lm.config.visual, config.resolution or tokenizer.config.output_size
     for prompt, where in {job.prompt: job.where for job in jobs}.items():
         check_text(prompt, where, text_tokenizer, visual["max_length"] - visual["tokens"] - 2)
     if ranks.first:
         out.mkdir(parents=True, exist_ok=True)
         for path, text in beside.items():
             path.parent.mkdir(exist_ok=True)
-            path.write_text(text)
+            path.write_text(text, "utf-8")
     ranks.wait()
 
     compiled = config.compile and ranks.device.type == "cuda"
     width = max(len(ids) for ids in text_tokenizer([job.prompt for job in jobs], add_special_tokens=False).input_ids) if compiled else 0
     todo = [job for job in jobs if not ((config.geneval or config.dpg) and job.path.exists())]
+    if config.bench:
+        for _ in range(2):                                                    # the first compiles and warms up
+            start = time.time()
+            codes = generate(lm, text_tokenizer, [jobs[0].prompt] * config.batch_size, range(config.batch_size), config.guidance,
+                             config.temperature, config.top_k, config.top_p, width, compiled).cpu()
+        seconds = time.time() - start
+        return ranks.say(f"{codes.numel() / seconds:.0f} codes/s, {seconds / codes.shape[1] * 1e3:.2f} ms a step of {len(codes)} pictures")
     ranks.say(f"{len(jobs)} pictures or grids in {out}, {len(jobs) - len(todo)} of them there already")
     todo = [(job, seed) for job in todo[ranks.rank::ranks.size] for seed in job.seeds]
     bar = tqdm(total=len(todo) * visual["tokens"], desc="sampling", unit="code", disable=not ranks.first)
@@ -246,23 +249,19 @@ def main():
         fill = (part * size)[:size] if compiled else part                     # a compiled step has one batch size
         codes = generate(lm, text_tokenizer, [job.prompt for job, _ in fill], [seed for _, seed in fill], config.guidance,
                          config.temperature, config.top_k, config.top_p, width, compiled, bar)[:len(part)]
-        images = full(tokenizer.detokenize(codes)).clamp(0, 1)                # (b, 3, H, W)
-        if config.resolution:
-            images = TF.resize(images, [config.resolution] * 2, TF.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
-        for (job, _), image in zip(part, images.cpu()):
+        images = resize(tokenizer.detokenize(codes).clamp(0, 1), resolution).cpu()         # (b, 3, resolution, resolution)
+        for (job, _), image in zip(part, images):
             pending.setdefault(job.path, []).append(image)
             if len(pending[job.path]) == len(job.seeds):
                 save_picture(torch.stack(pending.pop(job.path)), job.path)
-            if len(shown) < 64:
-                shown.append(image)
+        shown.extend(images[:64 - len(shown)])
     bar.close()
     if ranks.first and config.dpg:
-        print(f"\nNext, in DPG-Bench's repository: compute_dpg_bench.py --image-root-path {out} --pic-num 4 "
-              f"--resolution {config.resolution or tokenizer.config.output_size}")
+        print(f"\nNext, in DPG-Bench's repository: compute_dpg_bench.py --image-root-path {out} --pic-num 4 --resolution {resolution}")
     elif ranks.first and config.geneval:
         print(f"\nNext, in GenEval's repository: evaluation/evaluate_images.py {out} --outfile results.jsonl")
     elif ranks.first:
-        save_image(make_grid(shown, nrow=8), out / "grid.png")
+        save_image(shown, out / "grid.png", nrow=8)
         print(f"\n{len(jobs)} pictures in {out}; the first {len(shown)} together in {out / 'grid.png'}")
 
 if __name__ == "__main__":

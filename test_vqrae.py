@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import random
 import re
 import shlex
 import shutil
@@ -33,6 +34,7 @@ import vqrae
 from vqrae import MODELS, VQRAE, Decoder, Discriminator, Encoder, PerceptualLoss, SimVQ, UserError, VQRAEConfig
 
 HERE = Path(__file__).parent
+slow = pytest.mark.skipif("VQRAE_SLOW" not in os.environ, reason="slow: VQRAE_SLOW=1 pytest -s -k ...")
 SMALL = replace(MODELS["tiny"], image_size=32, dim=32, encoder_kwargs=dict(depth=2, num_heads=2, class_token=False),
                 codebook_size=24, codebook_dim=40)
 
@@ -480,6 +482,10 @@ def test_questions_have_the_scenes_answers():
                 truth = tt.NUMBERS[n if words[2] == "objects" else sum(t[0] == one(words[2]) for t in things)]
             elif kind == "color":
                 [truth] = [t[1] for t in things if t[0] == words[-1]]
+            elif words[3] == "on":
+                [(x, y)] = [t[2:] for t in things if t[0] == words[2]]
+                truth = {"left": x < 32, "right": x > 32, "top": y < 32, "bottom": y > 32}[answer] and answer
+                assert answer in words
             else:
                 (a, b), (dx, dy) = [next(t for t in things if t[0] == w) for w in (words[2], words[-1])], (0, 0)
                 dx, dy = a[2] - b[2], a[3] - b[3]
@@ -487,18 +493,20 @@ def test_questions_have_the_scenes_answers():
                 assert answer in words
             assert answer == truth
             seen.setdefault(kind, set()).add(answer)
-    assert {kind: len(answers) for kind, answers in seen.items()} == dict(presence=2, counting=5, color=8, position=4)
+    assert {kind: len(answers) for kind, answers in seen.items()} == dict(presence=2, counting=5, color=8, position=6)
 
 
 def test_segments_lie_under_the_objects():
     scene = tt.plan(torch.arange(20))
-    shape, color = tt.segments(scene, 8)
+    shape, color, middle = tt.segments(scene, 8)
     assert shape.shape == (20, 64, 16) and torch.equal(shape > 0, color > 0)
     for i in range(20):
         cells = color[i].view(8, 8, 4, 4).transpose(1, 2).reshape(32, 32)     # one cell is two pixels
         for k in range(int(scene.count[i])):
             if tt.SHAPES[scene.shape[i, k]] != "ring":
-                assert cells[int(scene.y[i, k] / 2), int(scene.x[i, k] / 2)] == scene.color[i, k] + 1
+                row, column = int(scene.y[i, k] / 2), int(scene.x[i, k] / 2)
+                assert cells[row, column] == scene.color[i, k] + 1
+                assert torch.allclose(middle[i].view(8, 8, 16, 2)[row // 4, column // 4, row % 4 * 4 + column % 4] * 32 + 32, torch.stack([scene.x[i, k], scene.y[i, k]]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -555,6 +563,25 @@ def test_unreadable_images_are_stepped_over(folder):
     items = [data[i] for i in range(len(data))]
     assert len(items) == 28 and all(item["image"].shape == (3, 32, 32) for item in items)
     assert {line.split(":")[0].rsplit("/")[-1] for item in items for line in item["skipped"]} == {f"{n}.png" for n in bad_files()}
+
+
+@slow
+def test_two_thousand_mangled_files_crash_nothing(folder):
+    """VQRAE_SLOW=1 pytest -s -k two_thousand: bytes changed, cut out and put in, in every format that is read."""
+    chance, picture = random.Random(0), tt.TF.to_pil_image(pictures(1)[0])
+    formats = [encoded(picture, name) for name in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")]
+    for i in range(2000):
+        data = bytearray(formats[i % 6])
+        for _ in range(chance.choice((1, 3, 30))):
+            at = chance.randrange(len(data))
+            data[at:at + chance.randrange(9)] = chance.randbytes(chance.randrange(9))
+        (folder / "a" / f"mangled{i}.png").write_bytes(data)
+    data = tt.Images(str(folder), 32)
+    items = [data[i] for i in range(len(data))]
+    skipped = {line.split(":")[0] for item in items for line in item["skipped"]}
+    assert len(items) == 2024 and all(item["image"].shape == (3, 32, 32) for item in items)
+    print(f"\n{len(skipped)} of 2,000 mangled files could not be read, and were stepped over")
+    assert 100 < len(skipped) < 2000 and all("mangled" in name for name in skipped)
 
 
 def test_no_readable_image_is_an_error(tmp_path):
@@ -656,9 +683,6 @@ def test_frechet_distance_of_known_gaussians():
 def test_codebook_statistics():
     got = evaluation.codebook(torch.tensor([4.0, 4.0, 0, 0]))
     assert got == dict(codebook_usage=0.5, dead_codes=2, codebook_perplexity=pytest.approx(2), token_entropy_bits=pytest.approx(1))
-
-
-slow = pytest.mark.skipif("VQRAE_SLOW" not in os.environ, reason="slow: VQRAE_SLOW=1 pytest -s -k ...")
 
 
 def straightforward_simvq(vq, z):
@@ -763,6 +787,57 @@ def test_shapes_are_drawn_fast():
     assert rate >= 5000
 
 
+def clock(f):
+    start = time.time()
+    f()
+    return time.time() - start
+
+
+@slow
+def test_detokenizing_hardly_waits_for_the_codebook():
+    """VQRAE_SLOW=1 pytest -s -k hardly_waits: the quantiser's share of detokenize, SigLIP2-so400m 256 with random weights; 4 images, as for 64."""
+    model, indices = VQRAE(MODELS["siglip2_256"]).eval(), torch.randint(16384, (4, 256))
+    model.detokenize(indices[:1])
+    share = clock(lambda: model.quantizer.lookup(indices)) / clock(lambda: model.detokenize(indices))
+    print(f"\nquantiser's share of detokenize: {share:.2%}")
+    assert share < 0.01
+
+
+@slow
+def test_a_folder_is_read_as_fast_as_pil_reads_it(tmp_path):
+    """VQRAE_SLOW=1 pytest -s -k pil_reads: 1,000 JPEGs of 400 x 300 to 256 px by two workers, against two processes of PIL's decode and resize alone."""
+    for i in range(1000):
+        noise = torch.rand(1, 3, 30, 40, generator=torch.Generator().manual_seed(i))
+        tt.TF.to_pil_image(F.interpolate(noise, size=(300, 400), mode="bicubic").clamp(0, 1)[0]).save(tmp_path / f"{i}.jpg", quality=90)
+    code = ("import sys; from PIL import Image; "
+            "[Image.open(f'{sys.argv[1]}/{i % 1000}.jpg').convert('RGB').resize((341, 256), 3) for i in range(int(sys.argv[2]), 4000, 2)]")
+    data, rates = tt.Images(str(tmp_path), 256, random_crop=True), []
+    for _ in range(3):
+        alone = clock(lambda: [p.wait() for p in [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(i)]) for i in range(2)]])
+        rates.append(alone / clock(lambda: list(tt.batches(data, 256, range(4000), 50, num_workers=2))))
+    print(f"\ndata: {max(rates):.2f} of PIL's own rate ({', '.join(f'{r:.2f}' for r in rates)})")
+    assert max(rates) > 0.9
+
+
+@slow
+def test_what_a_search_in_bf16_would_bring():
+    """VQRAE_SLOW=1 pytest -s -k search_in_bf16: candidates by a bf16 product, decided among in float32, against the float32 search. N 8192, k 16384, e 1536."""
+    codes, z = torch.randn(16384, 1536) / 1536 ** 0.5, torch.randn(8192, 1536) / 1536 ** 0.5
+    half, low = codes.square().sum(1) / 2, codes.bfloat16()
+
+    def by_candidates(z, count=8):
+        found = []
+        for rows in z.split(512):
+            index = (half - (rows.bfloat16() @ low.T).float()).topk(count, largest=False).indices         # (512, count)
+            exact = half[index] - (codes[index] * rows[:, None]).sum(-1)
+            found.append(index.gather(1, exact.argmin(1, keepdim=True))[:, 0])
+        return torch.cat(found)
+
+    truth = torch.cat([(codes.double().square().sum(1) / 2 - rows.double() @ codes.double().T).argmin(1) for rows in z.split(1024)])
+    for name, search in (("float32", lambda z: vqrae.nearest(z, codes)), ("bf16 candidates", by_candidates)):
+        print(f"\n{name}: {min(clock(lambda: search(z)) for _ in range(3)):.2f} s, {(search(z) == truth).float().mean().item():.3%} of indices as float64's")
+
+
 def test_knn_and_probe_on_a_case_with_a_known_answer():
     labels = torch.arange(200) // 2 % 4
     x = F.one_hot(labels, 4) * 5 + torch.randn(200, 4) * 0.1
@@ -852,6 +927,40 @@ def test_killed_and_resumed_ends_bit_identical(trained, tmp_path, stage):
     a, b = (vqrae.load_checkpoint(d / f"stage{stage}.pt") for d in (undisturbed, resumed))
     assert states_equal(a["model"], b["model"]) and states_equal(a["ema"], b["ema"]) and torch.equal(a["lecam"], b["lecam"])
     assert losses(undisturbed / f"log_stage{stage}.jsonl") == losses(resumed / f"log_stage{stage}.jsonl")
+
+
+@slow
+def test_killed_at_twenty_random_steps(trained, tmp_path):
+    """VQRAE_SLOW=1 pytest -s -k killed_at_twenty: SIGKILL, resume, SIGKILL, ...; the end is that of an undisturbed run, bit for bit."""
+    flags = ["train_tokenizer.py", *WEE, "--init_from", trained[0], "--stage", 2, "--disc_start", 3, "--total_steps", 400, "--save_every", 7]
+    run(*flags, "--out_dir", tmp_path / "a")
+    chance, log, at = torch.Generator().manual_seed(0), tmp_path / "b" / "log_stage2.jsonl", []
+    for kill in range(20):
+        go_on = ["--resume"] if (tmp_path / "b" / "stage2.pt").exists() else ["--overwrite"]
+        before = log.stat().st_mtime if log.exists() else 0
+        process = subprocess.Popen([sys.executable, *map(str, [*flags, "--out_dir", tmp_path / "b", *go_on])], cwd=HERE, stderr=subprocess.DEVNULL,
+                                   stdout=subprocess.DEVNULL, env=os.environ | dict(OMP_NUM_THREADS="1"))
+        while process.poll() is None and not (log.exists() and log.stat().st_mtime > before):
+            time.sleep(0.01)
+        time.sleep(0.5 * torch.rand((), generator=chance).item())             # somewhere in the steps that follow
+        assert process.poll() is None, "it ended before the kill: more steps, please"
+        process.kill()
+        process.wait()
+        at.append(json.loads(log.read_text().splitlines()[-2])["step"])
+    run(*flags, "--out_dir", tmp_path / "b", "--resume")
+    a, b = (vqrae.load_checkpoint(tmp_path / name / "stage2.pt") for name in "ab")
+    assert states_equal(a["model"], b["model"]) and states_equal(a["ema"], b["ema"]) and states_equal(a["discriminator"], b["discriminator"])
+    assert losses(tmp_path / "a" / "log_stage2.jsonl") == losses(log)
+    print(f"\nkilled after steps {at}: bit-identical at the end")
+
+
+def test_bench_times_steps_and_saves_nothing(trained, tmp_path):
+    said = run("train_tokenizer.py", *WEE, "--out_dir", tmp_path, "--init_from", trained[0], "--stage", 2, "--bench", 2, "--profile")
+    assert re.search(r"[\d.]+ images/s, [\d.]+ ms a step of 4; a rank: [\d.e-]+ TFLOP a step", said) and "decoder.forward" in said
+    assert not list(tmp_path.glob("*.pt")) and not list(tmp_path.glob("tokenizer*"))
+    flops = float(re.search(r"a rank: ([\d.e-]+) TFLOP", said)[1]) * 1e12
+    weights = sum(p.numel() for p in vqrae.load_tokenizer(trained[0] / "tokenizer").parameters())
+    assert 0.5 < flops / (6 * weights * 4 * 16) < 4                           # 6 x weights x tokens, and then attention, losses and the search
 
 
 def test_sigterm_saves_and_says_how_to_go_on(trained, tmp_path):

@@ -1,18 +1,15 @@
 """
-Train a language model on the tokenizer's two outputs: to write pictures in its codes (section 3.5, Table 9), or to read its
-features (section 3.4, Table 8).
+Train a language model on the tokenizer's two outputs: to write pictures in codes (section 3.5, Table 9), or to read features (section 3.4, Table 8).
 
     python train_ar.py                              tiny: a small random Qwen3 on drawn shapes, after train_tokenizer.py. CPU
     torchrun --nproc_per_node=8 train_ar.py --config internvit_448 --data 'FOLDER or shards-{000..127}.tar' --micro_batch 8
     ... --lm FOLDER                                 a local copy of Qwen3-0.6B
     ... --resume                                    go on after a stop (bit for bit on a CPU)
-
     python train_ar.py --task understand            tiny: answer questions about drawn shapes; both phases
     torchrun --nproc_per_node=8 train_ar.py --config siglip2_256 --task understand --phase pretrain --data blip_laion_cc_sbu_558k.json --images DIR
     torchrun --nproc_per_node=8 train_ar.py --config siglip2_256 --task understand --phase sft --data llava_v1_5_mix665k.json --images DIR
 
 --task generate. A caption and its picture are one sequence, padded on the left:
-
     <pad> ... <pad>  a red circle  <|vision_start|>  v_1 v_2 ... v_N  <|vision_end|>         v = code + offset
                      caption       BOI               row by row       EOI
                                    |------ predict ------|           the loss is on v_1 ... v_N alone
@@ -20,15 +17,14 @@ features (section 3.4, Table 8).
 Without a caption a sequence begins at BOI: that is the unconditional prompt of classifier-free guidance, which training
 makes of one caption in ten. EOI is there for whatever may follow a picture; N is fixed, so nothing has to predict it.
 
---task understand. LLaVA-1.5's layout: N features Z_I, through a connector, in the place of <image>; the loss is on the answers.
-
+--task understand. LLaVA-1.5's layout: N features Z_I, through a connector, in the place of <image>; the loss is on the answers:
     <pad> ... USER: z_1 z_2 ... z_N how many rings are there? ASSISTANT: two </s> USER: ... ASSISTANT: ... </s>       phase sft
     <pad> ...       z_1 z_2 ... z_N a red circle </s>                                                                 phase pretrain
 
 In reading order: the configuration on one screen, language model and layouts, codes computed once, conversations, training.
 """
-import contextlib, functools, hashlib, json, os, shlex, sys, time
-from dataclasses import asdict, dataclass
+import functools, hashlib, itertools, json, os, shlex, sys, time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -37,21 +33,20 @@ import tokenizers
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import transformers
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torchvision.transforms.v2 import functional as TF
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import save_image
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, logging
 
 from train_tokenizer import (VALIDATION, Images, batches, captions, decode, ignore_signals, lr_factor, plan, questions, render, resize,
-                             split_off, uniforms)
-from vqrae import (Log, Ranks, UserError, check_finite, command_line, explained, full, hub_file, load_checkpoint, load_teacher, load_tokenizer, open_run,
-                   parse_config, print_config, resume_command, save_checkpoint, split_batch)
+                             shuffled, split_off, uniforms)
+from vqrae import (Log, Ranks, UserError, bench, check_finite, check_least, command_line, explained, full, hub_file, load_checkpoint, load_teacher,
+                   load_tokenizer, open_run, parse_config, print_config, report, resume_command, save_checkpoint, split_batch)
 
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
+logging.set_verbosity_error()
+logging.disable_progress_bar()
 
 # ---- Configuration. Defaults are the paper's generator. Sources: [T9] the paper's Table 9, [LlamaGen], [ours].
 @dataclass
@@ -68,6 +63,8 @@ class ARConfig:
     overwrite: bool = False               # start over although there is a checkpoint
     overwrite_cache: bool = False         # compute the codes of --data again although they are cached
     device: str = ""                      # cuda, mps or cpu; "": the first of them that is there
+    bench: int = 0                        # time that many steps on one batch, and stop; nothing is saved
+    profile: bool = False                 # with --bench: torch.profiler's table of where the time goes
     precision: Literal["bf16", "float32", "float64"] = "bf16"  # [T9] autocast; weights and loss stay float32
     compile: bool = False                 # torch.compile: some minutes first, then faster steps on a GPU
     checkpointing: bool = False           # recompute activations in the backward pass: less memory, more time
@@ -100,25 +97,25 @@ class ARConfig:
     def __post_init__(self):
         self.out_dir = self.out_dir or f"out/{self.config}"
         self.tokenizer = self.tokenizer or f"{self.out_dir}/tokenizer"
-        for name in ("batch_size", "total_steps", "log_every", "eval_every", "save_every", "val_images"):
-            if getattr(self, name) < 1: raise UserError(f"--{name} is at least 1, not {getattr(self, name)}")
-        if not 0 <= self.caption_drop <= 1: raise UserError(f"--caption_drop is a share between 0 and 1, not {self.caption_drop}")
-        if self.lr <= 0 or min(self.end_lr, self.micro_batch, self.num_workers, self.warmup_steps) < 0:
-            raise UserError("--lr is above 0; --end_lr, --micro_batch, --num_workers and --warmup_steps are not negative")
-        if self.phase and self.task == "generate": raise UserError(f"--phase {self.phase} is of --task understand")
         if self.resume and self.overwrite: raise UserError("--resume goes on and --overwrite starts over: choose one")
+        if self.bench:
+            self.total_steps = self.eval_every = self.save_every = self.bench + 4
+        check_least(self, batch_size=1, total_steps=1, log_every=1, eval_every=1, save_every=1, val_images=1, lr=1e-12, end_lr=0, micro_batch=0,
+                    num_workers=0, warmup_steps=0, bench=0)
+        if not 0 <= self.caption_drop <= 1: raise UserError(f"--caption_drop is a share between 0 and 1, not {self.caption_drop}")
+        if self.phase and self.task == "generate": raise UserError(f"--phase {self.phase} is of --task understand")
 
 PRESETS = {
-    # Understanding, the LLaVA-1.5 recipe: an epoch of 595 thousand captions, then of 665 thousand conversations; warmup is 3% of the steps.
-    "pretrain": dict(lm="lmsys/vicuna-7b-v1.5", lr=1e-3, end_lr=0.0, total_steps=2325, warmup_steps=70, batch_size=256, eps=1e-8, max_length=2048),   # [T8]
-    "sft": dict(lm="lmsys/vicuna-7b-v1.5", lr=2e-5, end_lr=0.0, total_steps=5195, warmup_steps=156, batch_size=128, eps=1e-8, max_length=2048),       # [T8]
+    # [T8] Understanding, the LLaVA-1.5 recipe: an epoch of 595 thousand captions, then of 665 thousand conversations; warmup is 3% of the steps.
+    "pretrain": dict(lm="lmsys/vicuna-7b-v1.5", lr=1e-3, end_lr=0.0, total_steps=2325, warmup_steps=70, batch_size=256, eps=1e-8, max_length=2048),
+    "sft": dict(lm="lmsys/vicuna-7b-v1.5", lr=2e-5, end_lr=0.0, total_steps=5195, warmup_steps=156, batch_size=128, eps=1e-8, max_length=2048),
     ("siglip2_base_256", ""): dict(batch_size=128, micro_batch=16),                                                                      # [ours]
-    "tiny": dict(lm="random", max_length=128, precision="float32", batch_size=16, num_workers=0, total_steps=5000, lr=4e-3,          # [ours]
-                 end_lr=1e-4, warmup_steps=50, log_every=20, eval_every=500, save_every=500,
-                 lm_config=dict(hidden_size=128, num_hidden_layers=4, intermediate_size=384, num_attention_heads=4, num_key_value_heads=4, head_dim=32,
-                                rope_parameters=dict(rope_type="default", rope_theta=1000.0), tie_word_embeddings=True, initializer_range=0.06)),
+    "tiny": dict(lm="random", max_length=128, precision="float32", batch_size=16, num_workers=0, total_steps=5000, lr=1.5e-3,         # [ours]
+                 end_lr=1e-4, warmup_steps=50, log_every=20, eval_every=500, save_every=500, lm_config=dict(
+                     hidden_size=128, num_hidden_layers=4, intermediate_size=384, num_attention_heads=4, num_key_value_heads=4, head_dim=32,
+                     rope_parameters=dict(rope_type="default", rope_theta=1000.0), tie_word_embeddings=True, initializer_range=0.06)),
     ("tiny", "pretrain"): dict(total_steps=60, warmup_steps=10, max_length=192, eps=1e-8),                                            # [ours]
-    ("tiny", "sft"): dict(total_steps=1600, lr=4e-3, max_length=256, eps=1e-8),                                                        # [ours]
+    ("tiny", "sft"): dict(total_steps=1600, lr=2e-3, max_length=256, eps=1e-8),                                                        # [ours]
 }
 
 def preset_order(values):
@@ -131,8 +128,7 @@ PAD, UNKNOWN, END = "<pad>", "<unk>", "</s>"
 
 def identity(folder):
     """What tells one trained tokenizer from another: a hash of its weights."""
-    with open(Path(folder) / "model.safetensors", "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return hashlib.sha256(np.memmap(Path(folder) / "model.safetensors", mode="r")).hexdigest()[:16]
 
 def word_tokenizer(texts):
     """A text tokenizer of the words and punctuation marks in `texts`, in lower case."""
@@ -152,16 +148,14 @@ def build_lm(config, texts):
     if not Path(config.lm).is_dir():                                          # fails within seconds where there is no network
         hub_file(config.lm, "config.json", f"run `hf download {config.lm}` there, and pass its folder with --lm FOLDER")
     with explained(f"cannot load the language model {config.lm}"):
-        lm = AutoModelForCausalLM.from_pretrained(config.lm, dtype=torch.float32)     # transformers would keep the saved bfloat16
+        lm = AutoModelForCausalLM.from_pretrained(config.lm, dtype=torch.float32)             # transformers would keep the saved bfloat16
         return lm, AutoTokenizer.from_pretrained(config.lm)
 
 @torch.no_grad()
 def grow_vocabulary(lm, text_tokenizer, tokenizer, which, max_length):
-    """Give `lm` a row for each code, and BOI and EOI where it lacks them.
-
-    The offset is beyond the embedding's rows, of which Qwen3 has more (151936) than its tokenizer has tokens (151669). A new
-    row is a random projection of its code's vector C W, so that codes that look alike begin alike, with the mean and spread
-    of the old rows; left to itself, transformers makes all new rows nearly the same."""
+    """Give `lm` a row for each code, and BOI and EOI where it lacks them. The offset is beyond the embedding's rows, of which Qwen3 has more
+    (151936) than its tokenizer has tokens (151669). A new row is a random projection of its code's vector C W, so that codes that look alike
+    begin alike, with the mean and spread of the old rows; left to itself, transformers makes all new rows nearly the same."""
     text_tokenizer.add_tokens([BOI, EOI], special_tokens=True)
     old, codes = lm.config.vocab_size, tokenizer.config.codebook_size
     offset = max(old, len(text_tokenizer))
@@ -173,8 +167,7 @@ def grow_vocabulary(lm, text_tokenizer, tokenizer, which, max_length):
     for table in {lm.get_input_embeddings().weight, lm.get_output_embeddings().weight}:       # one and the same where they are tied
         table[old:] = table[:old].mean(0) + table[:old].std() * vectors
     boi, eoi = text_tokenizer.convert_tokens_to_ids([BOI, EOI])
-    lm.config.visual = dict(offset=offset, codes=codes, tokens=tokenizer.config.num_tokens, boi=boi, eoi=eoi,
-                            max_length=max_length, tokenizer=which)
+    lm.config.visual = dict(offset=offset, codes=codes, tokens=tokenizer.config.num_tokens, boi=boi, eoi=eoi, max_length=max_length, tokenizer=which)
 
 def to_the_right(rows, width=0):
     """Lists of different lengths -> (B, the longest or `width`), zeros on the left: masked there, any id will do."""
@@ -182,15 +175,13 @@ def to_the_right(rows, width=0):
     return torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
 
 def layout(text_tokenizer, visual, texts, codes=None, width=0):
-    """B captions and their codes (B, N) -> ids and mask (B, T + N + 2), as drawn at the top of this file; without codes
-    (B, T + 1): a prompt, that ends with BOI. T is the longest caption's length, or `width` if that is more; padding is on the
-    left. An empty caption is the unconditional prompt. Captions beyond max_length are cut."""
+    """B captions and their codes (B, N) -> ids and mask (B, T + N + 2), as drawn at the top of this file; without codes (B, T + 1): a prompt,
+    that ends with BOI. T is the longest caption's length, or `width` if that is more. Captions beyond max_length are cut."""
     room = visual["max_length"] - visual["tokens"] - 2
     rows = [ids[:room] + [visual["boi"]] for ids in text_tokenizer(texts, add_special_tokens=False).input_ids]
     ids, mask = to_the_right(rows, width + 1), to_the_right([[1] * len(row) for row in rows], width + 1)
     if codes is not None:
-        ends = torch.full((len(rows), 1), visual["eoi"])
-        ids = torch.cat([ids, codes.cpu() + visual["offset"], ends], 1)
+        ids = F.pad(torch.cat([ids, codes.cpu() + visual["offset"]], 1), (0, 1), value=visual["eoi"])
         mask = F.pad(mask, (0, codes.shape[1] + 1), value=1)
     return ids, mask
 
@@ -199,8 +190,7 @@ def positions_of(mask):
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 def visual_logits(lm, hidden):                                                # (..., hidden)
-    """Logits of the k codes alone (..., k). No other token can stand in a picture, in training as in sampling, and Qwen3's
-    own 151936 would cost ten times as much."""
+    """Logits of the k codes alone (..., k), in training as in sampling: a picture has no other token, and Qwen3's 151936 cost ten times as much."""
     first, codes = lm.config.visual["offset"], lm.config.visual["codes"]
     return F.linear(hidden, lm.get_output_embeddings().weight[first:first + codes])
 
@@ -218,46 +208,24 @@ class PictureLM(nn.Module):
 def load_generator(out_dir, tokenizer_folder="", device="cpu", dtype=torch.float32):
     """-> language model, its text tokenizer, and the VQRAE tokenizer whose codes it writes, checked to belong together."""
     folder, tokenizer_folder = Path(out_dir) / "ar", Path(tokenizer_folder or f"{out_dir}/tokenizer")
-    if not (folder / "config.json").is_file(): raise UserError(f"no trained generator in {folder}: python train_ar.py makes one (--out_dir names the run)")
+    if not (folder / "config.json").is_file(): raise UserError(f"no generator in {folder}: python train_ar.py makes one (--out_dir names the run)")
     tokenizer = load_tokenizer(tokenizer_folder, device)
     with explained(f"{folder} cannot be read as a generator: python train_ar.py --resume writes it anew from state.pt"):
         lm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
         text_tokenizer, made_for = AutoTokenizer.from_pretrained(folder, local_files_only=True), lm.config.visual["tokenizer"]
     if made_for != identity(tokenizer_folder):
-        raise UserError(f"{folder} learned the codes of another tokenizer than {tokenizer_folder}: pass --tokenizer with that one, "
-                        f"or train it again with python train_ar.py --overwrite")
+        raise UserError(f"{folder} learned another tokenizer's codes than {tokenizer_folder}: pass the one it learned with --tokenizer, or train again with --overwrite")
     return lm, text_tokenizer, tokenizer
 
-# ---- Codes computed once. A data set of codes is a function fetch(positions) -> codes (b, N) int64, captions [b], with position
-# 0, 1, 2, ... counting the images a run has seen. Shapes are drawn and tokenized when they are needed: that takes a tenth
-# of the time of learning from them, and no picture comes twice.
-CAPTION_BYTES = 1024                              # of UTF-8 a cached caption may have; the rest is cut
-
-def open_codes(source, train, config, tokenizer, which, ranks):
-    """-> fetch, and the number of images (None: endless)."""
-    size, part = tokenizer.config.image_size, "train" if train else "val"
-    if source == "shapes":
-        def draw_and_tokenize(positions):
-            batch = next(batches(None, size, positions, len(positions)))
-            return tokenizer.tokenize(batch["image"].to(ranks.device)), batch["text"]
-        return draw_and_tokenize, None
-
-    dataset = Images(source, size, train=False, part=None if config.val_data else part)      # train=False: in order; centre crop [T9]
-    rows = cached_codes(Path(config.out_dir) / f"codes-{part}", dataset, config, tokenizer, which, ranks)
-
-    @functools.lru_cache(maxsize=2)
-    def shuffle(epoch):
-        return torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed + epoch))
-
-    def fetch(positions):
-        index = [int(shuffle(p // len(rows))[p % len(rows)]) if train else p for p in positions]
-        found = rows[index]
-        return torch.from_numpy(found["codes"].astype(np.int64)), [text.decode("utf-8", "ignore") for text in found["text"]]
-    return fetch, len(rows)
-
-def cached_codes(folder, dataset, config, tokenizer, which, ranks):
-    """Codes and captions of `dataset` as one memory-mapped array of records, `folder`/codes.npy, made there if need be.
+# ---- Codes computed once, by position: 0, 1, 2, ... counts the images a run has seen. Shapes are drawn and tokenized when they are
+# needed: that takes a tenth of the time of learning from them, and no picture comes twice.
+def open_codes(source, part, config, tokenizer, which, ranks):
+    """Codes and captions of `source` as one memory-mapped array of records, codes-`part`/codes.npy, made there if need be; None for shapes.
     fingerprint.json says of what; it is written last, so without it the rest is unfinished and made anew."""
+    if source == "shapes":
+        return None
+    folder = Path(config.out_dir) / f"codes-{part}"
+    dataset = Images(source, tokenizer.config.image_size, train=False, part=None if config.val_data else part)      # in order; centre crop [T9]
     listing = hashlib.sha256()
     for record in dataset.records:
         file, _, size = record["image"]
@@ -266,34 +234,28 @@ def cached_codes(folder, dataset, config, tokenizer, which, ranks):
     path, marker = folder / "codes.npy", folder / "fingerprint.json"
     found = json.loads(marker.read_text()) if marker.is_file() and not config.overwrite_cache else None
     if found and found != fingerprint:
-        what = f"another tokenizer than {config.tokenizer}" if found["tokenizer"] != which else f"other images than are now in {dataset.source}"
+        what = f"another tokenizer than {config.tokenizer}" if found["tokenizer"] != which else f"other images than are now in {source}"
         raise UserError(f"{folder} was made with {what}: --overwrite_cache makes it anew, --out_dir keeps both")
     ranks.wait()                                                              # nobody writes before all have looked
     if found:
         return np.load(path, mmap_mode="r")
-
     if ranks.first:
         folder.mkdir(parents=True, exist_ok=True)
         marker.unlink(missing_ok=True)
-        number = "<u2" if tokenizer.config.codebook_size <= 1 << 16 else "<u4"
-        record = [("codes", number, tokenizer.config.num_tokens), ("text", f"S{CAPTION_BYTES}")]
-        np.lib.format.open_memmap(path, "w+", record, (len(dataset),))
+        dtype = [("codes", "<u2" if tokenizer.config.codebook_size <= 1 << 16 else "<u4", tokenizer.config.num_tokens), ("text", "S1024")]
+        np.lib.format.open_memmap(path, "w+", dtype, (len(dataset),))         # captions beyond 1024 bytes of UTF-8 are cut
     ranks.wait()
     rows = np.load(path, mmap_mode="r+")
-    at, end = (len(rows) * rank // ranks.size for rank in (ranks.rank, ranks.rank + 1))      # this rank's share
-    bar, lengths = tqdm(total=end - at, desc=folder.name, unit="image", disable=not ranks.first), []
-    for batch in batches(dataset, tokenizer.config.image_size, range(at, end), 64, config.num_workers):
+    share = range(len(rows) * ranks.rank // ranks.size, len(rows) * (ranks.rank + 1) // ranks.size)           # this rank's
+    bar, lengths = tqdm(share, folder.name, unit="image", disable=not ranks.first), []
+    for batch, at in zip(batches(dataset, tokenizer.config.image_size, bar, 64, config.num_workers), share[::64]):
         new = [(text or label).encode() for text, label in zip(batch["text"], batch["label"])]       # no caption: its class
         rows[at:at + len(new)] = list(zip(tokenizer.tokenize(batch["image"].to(ranks.device)).tolist(), new))
-        at += len(new)
         lengths += map(len, new)
-        bar.update(len(new))
         for line in batch["skipped"]:
             tqdm.write(f"skipped {line}")
-    bar.close()
     if not any(lengths):
-        raise UserError(f"no image of {dataset.source} has a caption or a class: write metadata.jsonl with file_name and text, "
-                        f"or a .txt beside each image")
+        raise UserError(f"no image of {source} has a caption or a class: write metadata.jsonl with file_name and text, or a .txt beside each")
     rows.flush()
     ranks.wait()
     if ranks.first:
@@ -307,8 +269,7 @@ def chat(text_tokenizer, turns, tokens, plain=False):
     """[(question, answer), ...] of one image -> ids, and which of them an answer is made of: [int], [bool] of equal length. <image>
     in a question becomes `tokens` times IMAGE. An answer of None is left to the model. plain: image and answer alone."""
     encode = lambda text: text_tokenizer(text, add_special_tokens=False).input_ids
-    ids = [text_tokenizer.bos_token_id] * (text_tokenizer.bos_token_id is not None)
-    scored = [False] * len(ids)
+    ids, scored = [text_tokenizer.bos_token_id] * (text_tokenizer.bos_token_id is not None), []
     for question, answer in turns:
         for i, piece in enumerate(("", "") if plain else f"USER: {question} ASSISTANT:".split("<image>")):
             ids += [IMAGE] * (tokens * (i > 0)) + encode(piece)
@@ -341,24 +302,22 @@ class MLLM(nn.Module):
 class Conversations(Images):
     """LLaVA's JSON by position: [{"image": path, "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", ...}]}, ...]."""
     def __init__(self, file, images, size, seed=0, part=None):
-        self.size, self.seed, self.train, self.order, images = size, seed, True, (-1, None), Path(images or Path(file).parent)
+        self.size, self.seed, self.train, images = size, seed, True, Path(images or Path(file).parent)
         with explained(f"{file}: not LLaVA's JSON, a list of objects with image and conversations, human and gpt in turn"):
             rows = json.loads(Path(file).read_text("utf-8"))
-            with_image = [row for row in rows if "image" in row]
-            self.records = [(images / row["image"], [(q["value"], a["value"]) for q, a in zip(row["conversations"][::2], row["conversations"][1::2], strict=True)])
-                            for row in with_image]
-        if len(with_image) < len(rows):
-            print(f"{file}: {len(rows) - len(with_image)} conversations have no image and are left out")
+            pairs = [(row["image"], zip(row["conversations"][::2], row["conversations"][1::2], strict=True)) for row in rows if "image" in row]
+            self.records = [(images / name, [(question["value"], answer["value"]) for question, answer in turns]) for name, turns in pairs]
+        if len(self.records) < len(rows):
+            print(f"{file}: {len(rows) - len(self.records)} conversations have no image and are left out")
         for number, (path, turns) in enumerate(self.records):
-            if sum(question.count("<image>") for question, _ in turns) != 1:
-                raise UserError(f"{file}, conversation {number} with an image: <image> must stand in its questions exactly once")
-            if not path.is_file(): raise UserError(f"{file}, conversation {number} with an image: no file {path}; --images DIR names the folder")
+            marks, where = sum(question.count("<image>") for question, _ in turns), f"{file}, conversation {number} with an image"
+            if marks != 1: raise UserError(f"{where}: <image> must stand in its questions exactly once, not {marks} times")
+            if not path.is_file(): raise UserError(f"{where}: no file {path}; --images DIR names the folder")
         self.records = split_off(self.records, part)
         if not self.records: raise UserError(f"{file} holds no conversation to use (every 20th validates): give more, or name some with --val_data")
 
     def __getitem__(self, position):
-        for attempt in range(len(self.records)):                              # an unreadable image's place goes to the next
-            path, turns = self.record(position + attempt)
+        for path, turns in map(self.record, range(position, position + len(self.records))):      # an unreadable image's place goes to the next
             try:
                 return square(decode(path.read_bytes()), self.size), turns
             except Exception as error:                                        # PIL raises anything on damaged files
@@ -369,13 +328,12 @@ def square(image, size):
     """A PIL image padded with grey to a square, as LLaVA-1.5 has it: nothing is cut off. -> (3, size, size) in [0, 1]."""
     return TF.to_dtype(TF.pil_to_tensor(ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, color=(127, 127, 127))), scale=True)
 
-def shapes_turns(index, phase):
-    """Pictures by number -> (B, 3, 64, 64) and for each its turns: a caption to pretrain on, else questions of four kinds."""
+def shapes_turns(index, size, phase):
+    """Picture numbers (B,) -> B pairs of image (3, size, size) and its turns: a caption to pretrain on, else questions of four kinds."""
     scene = plan(index)
-    if phase == "pretrain":
-        return render(scene), [[("<image>", caption)] for caption in captions(scene)]
-    turns = [[(question, answer) for question, (_, answer) in asked.items()] for asked in questions(index, scene, rounds=3)]
-    return render(scene), [[("<image>\n" + t[0][0], t[0][1]), *t[1:]] for t in turns]
+    asked = [{"": ("caption", caption)} for caption in captions(scene)] if phase == "pretrain" else questions(index, scene, rounds=3)
+    turns = [[(question, answer) for question, (_, answer) in them.items()] for them in asked]
+    return zip(resize(render(scene), size), [[("<image>\n" + question, answer), *more] for (question, answer), *more in turns])
 
 def load_mllm(out_dir, model_config, device="cpu"):
     """-> MLLM that `--task understand` made, and its text tokenizer; checked to read features as an encoder of `model_config` makes them."""
@@ -395,71 +353,72 @@ def load_mllm(out_dir, model_config, device="cpu"):
 # ---- Training. Each task has a network, batches by position, a loss, a validation and files; the loop below is the same.
 def picture_loss(net, ids, mask, visual):
     """Mean cross-entropy (nats) of the N visual tokens of each layout; -> scalar, float32."""
-    logits = net(ids, mask)                                                   # (B, N, k)
     codes = ids[:, -1 - visual["tokens"]:-1] - visual["offset"]               # (B, N)
-    return F.cross_entropy(full(logits).flatten(0, 1), codes.flatten())
+    return F.cross_entropy(full(net(ids, mask)).flatten(0, 1), codes.flatten())      # of logits (B, N, k)
 
 class Generate:
     """Captions -> codes. The whole language model learns."""
     def __init__(self, config, ranks, folder):
         self.config, self.device, self.folder = config, ranks.device, folder
         self.tokenizer, self.which = load_tokenizer(config.tokenizer, ranks.device), identity(config.tokenizer)
-        if self.tokenizer.quantizer is None: raise UserError(f"{config.tokenizer} has no codes to write (quantizer none): train one with --quantizer simvq")
+        if self.tokenizer.quantizer is None: raise UserError(f"{config.tokenizer} has no codes (quantizer none): train one with --quantizer simvq")
         if config.max_length < (least := self.tokenizer.config.num_tokens + 3):
             raise UserError(f"--max_length {config.max_length} has no room for a picture, its two marks and a caption: at least {least}")
-        self.fetch, size = open_codes(config.data, True, config, self.tokenizer, self.which, ranks)
-        self.val_fetch, val_size = open_codes(config.val_data or config.data, False, config, self.tokenizer, self.which, ranks)
-        self.val_at = range(VALIDATION, VALIDATION + config.val_images) if val_size is None else range(min(config.val_images, val_size))
-        texts = captions(plan(torch.arange(10_000))) if size is None else self.fetch(range(size))[1] if config.lm == "random" else []
+        self.data, self.val = (open_codes(source, part, config, self.tokenizer, self.which, ranks)
+                               for source, part in ((config.data, "train"), (config.val_data or config.data, "val")))
+        self.val_at = range(VALIDATION, VALIDATION + config.val_images) if self.val is None else range(min(config.val_images, len(self.val)))
+        texts = captions(plan(torch.arange(10_000))) if self.data is None else self.fetch(range(len(self.data)))[1] if config.lm == "random" else []
         torch.manual_seed(config.seed)
         self.lm, self.text_tokenizer = build_lm(config, texts)
         grow_vocabulary(self.lm, self.text_tokenizer, self.tokenizer, self.which, config.max_length)
         self.net, self.visual = PictureLM(self.lm), self.lm.config.visual
+        self.loss = functools.partial(picture_loss, visual=self.visual)
 
-    def stream(self, starts, micro):
-        for at in starts:
-            codes, texts = self.fetch(range(at, at + micro))                  # (b, N), [b]
-            keep = uniforms(~torch.arange(at, at + micro) - (self.config.seed % (1 << 20) << 42), 1)[:, 0] >= self.config.caption_drop    # numbers of no picture
-            yield layout(self.text_tokenizer, self.visual, [text if k else "" for text, k in zip(texts, keep)], codes)     # (b, T + N + 2)
+    def fetch(self, positions, val=False):
+        """b positions -> codes (b, N) int64, captions [b]."""
+        if (rows := self.val if val else self.data) is None:
+            batch = next(batches(None, self.tokenizer.config.image_size, positions, len(positions)))
+            return self.tokenizer.tokenize(batch["image"].to(self.device)), batch["text"]
+        found = rows[[p if val else shuffled(p, len(rows), self.config.seed) for p in positions]]
+        return torch.from_numpy(found["codes"].astype(np.int64)), [text.decode("utf-8", "ignore") for text in found["text"]]
 
-    def loss(self, net, ids, mask):
-        return picture_loss(net, ids, mask, self.visual)
+    def stream(self, parts, val=False):
+        """-> Iterator over ids and mask (b, T + N + 2)."""
+        for part in parts:
+            codes, texts = self.fetch(part, val)
+            chance = uniforms(~torch.tensor(part) - (self.config.seed % (1 << 20) << 42), 1)[:, 0]          # by numbers of no picture
+            texts = [text if val or u >= self.config.caption_drop else "" for text, u in zip(texts, chance)]
+            yield layout(self.text_tokenizer, self.visual, texts, codes)
 
-    def validate(self, micro):
+    def validate(self, parts):
         """Mean loss of the validation images, captions and all; draws the first of them, unguided (sample.py is several times faster)."""
-        total, draw = 0.0, self.val_fetch(self.val_at[:16])[1]
-        for at in range(0, len(self.val_at), micro):
-            codes, texts = self.val_fetch(self.val_at[at:at + micro])
-            ids, mask = (t.to(self.device) for t in layout(self.text_tokenizer, self.visual, texts, codes))
-            total += picture_loss(self.net, ids, mask, self.visual).item() * len(texts) / len(self.val_at)
-        ids, mask = (t.to(self.device) for t in layout(self.text_tokenizer, self.visual, draw))
+        total, texts, N, first = 0.0, self.fetch(self.val_at[:16], val=True)[1], self.visual["tokens"], self.visual["offset"]
+        for batch in self.stream(parts, val=True):
+            total += self.loss(self.net, *(t.to(self.device) for t in batch)).item() * len(batch[0]) / len(self.val_at)
+        ids, mask = (t.to(self.device) for t in layout(self.text_tokenizer, self.visual, texts))
         torch.manual_seed(self.config.seed)
-        N, first = self.visual["tokens"], self.visual["offset"]
-        ids = self.lm.generate(input_ids=ids, attention_mask=mask, max_new_tokens=N, min_new_tokens=N, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, suppress_tokens=list(range(first)))
-        pictures = self.tokenizer.detokenize(ids[:, -N:] - first).float().clamp(0, 1)
-        save_image(make_grid(pictures, nrow=8), self.folder.parent / "samples.png")
-        self.next = f"sample.py --prompt {shlex.quote(draw[0])}"
+        ids = self.lm.generate(ids, attention_mask=mask, max_new_tokens=N, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                               suppress_tokens=list(range(first)))            # all words, and the end of a text
+        save_image(self.tokenizer.detokenize(ids[:, -N:] - first).float().clamp(0, 1), self.folder.parent / "samples.png", nrow=8)
+        self.next = f"sample.py --prompt {shlex.quote(texts[0])}"
         return dict(val_loss=total)
 
 class Understand:
     """Questions about images -> answers, by a language model that reads the frozen VFM's Z_I. The connector learns, in SFT the LLM too."""
     def __init__(self, config, ranks, folder):
-        self.config, self.device, self.folder = config, ranks.device, folder
-        model_config = load_tokenizer(config.tokenizer).config
-        self.which = model_config.encoder                                     # only its teacher matters here
-        self.encoder, self.size, self.tokens = load_teacher(config.tokenizer, model_config).to(ranks.device), model_config.image_size, model_config.num_tokens
-        if config.max_length <= self.tokens:
-            raise UserError(f"--max_length {config.max_length} has no room for an image's {self.tokens} features and a question")
-        self.data, self.val, texts = None, None, []
-        if config.data != "shapes":
-            part = (None, None) if config.val_data else ("train", "val")
-            self.data, self.val = (Conversations(file, config.images, self.size, config.seed, p)
-                                   for file, p in zip((config.data, config.val_data or config.data), part))
-            texts = [text for _, turns in self.data.records for turn in turns for text in turn]
+        self.config, self.device = config, ranks.device
+        model_config = load_tokenizer(config.tokenizer).config                # only its teacher matters here
+        self.which, self.size, self.tokens = model_config.encoder, model_config.image_size, model_config.num_tokens
+        self.encoder = load_teacher(config.tokenizer, model_config).to(ranks.device)
+        if config.max_length <= self.tokens: raise UserError(f"--max_length {config.max_length} cannot hold {self.tokens} features and a question")
+        if config.data == "shapes":
+            self.data, self.val, index = None, None, torch.arange(5_000)
+            texts = captions(plan(index)) + [f"{q} {a}" for asked in questions(index, plan(index), 3) for q, (_, a) in asked.items()]
         else:
-            index = torch.arange(5_000)
-            scene = plan(index)
-            texts = captions(scene) + [f"{question} {answer}" for asked in questions(index, scene, 3) for question, (_, answer) in asked.items()]
+            self.data, self.val = (Conversations(file, config.images, self.size, config.seed, None if config.val_data else part)
+                                   for file, part in ((config.data, "train"), (config.val_data or config.data, "val")))
+            texts = [text.replace("<image>", "") for _, turns in self.data.records for turn in turns for text in turn]
+        self.val_at = range(min(config.val_images, len(self.val))) if self.val else range(VALIDATION, VALIDATION + config.val_images)
         torch.manual_seed(config.seed)
         self.lm, self.text_tokenizer = build_lm(config, texts + ["USER: ASSISTANT:"])
         self.lm.config.understand = dict(dim=model_config.dim, tokens=self.tokens, image_size=self.size, max_length=config.max_length)
@@ -475,98 +434,92 @@ class Understand:
         images, turns = zip(*rows)
         chats = [[row[:self.config.max_length] for row in chat(self.text_tokenizer, t, self.tokens, self.config.phase == "pretrain")] for t in turns]
         whole = [i for i, (ids, scored) in enumerate(chats) if ids.count(IMAGE) == self.tokens and any(scored)]     # else cut before image or answer
-        if not whole: raise UserError(f"none of these {len(turns)} conversations has its image and an answer within --max_length {self.config.max_length}")
+        if not whole: raise UserError(f"none of these {len(turns)} conversations has image and answer within --max_length {self.config.max_length}")
         return *pad_left([chats[i] for i in whole]), torch.stack([images[i] for i in whole])
 
-    def stream(self, starts, micro, val=False):
-        data = self.val if val else self.data
-        if data is None:
-            for at in starts:
-                images, turns = shapes_turns(torch.arange(at, at + micro), self.config.phase)
-                yield self.collate(zip(resize(images, self.size), turns))     # (b, L) three times, (b, 3, h, w)
-        else:
-            positions = (at + i for at in starts for i in range(micro))
-            yield from torch.utils.data.DataLoader(data, micro, sampler=positions, collate_fn=self.collate, num_workers=self.config.num_workers,
-                                                   worker_init_fn=ignore_signals, generator=torch.Generator())
+    def stream(self, parts, val=False):
+        """-> Iterator over ids, mask, scored (b, L) and images (b, 3, h, w)."""
+        if (data := self.val if val else self.data) is None:
+            return (self.collate(shapes_turns(torch.tensor(part), self.size, self.config.phase)) for part in parts)
+        return iter(torch.utils.data.DataLoader(data, batch_sampler=parts, collate_fn=self.collate, num_workers=self.config.num_workers,
+                                                worker_init_fn=ignore_signals, generator=torch.Generator()))
 
     def loss(self, net, ids, mask, scored, images, right=None):
-        """Mean cross-entropy (nats) of the answers' tokens; appends to `right` the share of them that the model ranks first."""
-        with torch.no_grad():
-            Z_I = self.encoder(images)                                        # (b, N, d)
-        logits, target = net(ids, mask, scored, Z_I), ids[:, 1:][scored[:, 1:]]               # (S, vocabulary), (S,)
+        """Mean cross-entropy (nats) of the answers' tokens; appends to `right` which of them the model ranks first (S,)."""
+        logits, target = net(ids, mask, scored, self.encoder(images)), ids[:, 1:][scored[:, 1:]]             # (S, vocabulary), (S,)
         if right is not None:
-            right.append((logits.argmax(1) == target).float().mean().item())
+            right.append(logits.argmax(1) == target)
         return F.cross_entropy(full(logits), target)
 
-    def validate(self, micro):
-        first, total, right, losses = (VALIDATION if self.val is None else 0), self.config.val_images, [], []
-        for batch in self.stream(range(first, first + min(total, len(self.val or range(total))), micro), micro, val=True):
-            losses.append(self.loss(self.net, *(t.to(self.device) for t in batch), right).item())
+    def validate(self, parts):
+        """Mean loss of the answers' tokens, and the share of them that the model ranks first."""
+        total, right = 0.0, []
+        for batch in self.stream(parts, val=True):
+            total += self.loss(self.net, *(t.to(self.device) for t in batch), right).item() * len(right[-1])
+        right = torch.cat(right)
         self.next = "eval.py --vqa" if self.config.phase == "sft" else "train_ar.py --task understand --phase sft"
-        return dict(val_loss=sum(losses) / len(losses), val_accuracy=sum(right) / len(right))
+        return dict(val_loss=total / len(right), val_accuracy=right.sum().item() / len(right))
 
 def train(config, ranks):
     out, device, start = Path(config.out_dir), ranks.device, time.time()
     local, micro, accumulate = split_batch(config, ranks)
-    folder, name = out / ("mllm" if config.phase else "ar"), config.phase or "ar"
+    folder = out / ("mllm" if config.phase else "ar")
     path = folder / f"{config.phase or 'state'}.pt"
     resumed = open_run(path, config)
-    if resumed and resumed["step"] > config.total_steps: raise UserError(f"{path} is at step {resumed['step']}, beyond --total_steps {config.total_steps}")
+    first_step = resumed["step"] if resumed else 0
+    if first_step > config.total_steps: raise UserError(f"{path} is at step {first_step}, beyond --total_steps {config.total_steps}")
     task = (Understand if config.phase else Generate)(config, ranks, folder)
-    if resumed and resumed["tokenizer"] != task.which:
-        raise UserError(f"{path} learned from another tokenizer than {config.tokenizer}: pass --tokenizer with that one, or --overwrite")
     folder.mkdir(parents=True, exist_ok=True)
-    task.net.to(device, torch.float64 if config.precision == "float64" else None)
-    first_step = 0
+    task.net.to(device, torch.float64 if config.precision == "float64" else None).train()
+    learning = [p for p in task.net.parameters() if p.requires_grad]
+    how = dict(lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.weight_decay,
+               fused=device.type != "mps" and ranks.size == 1)                 # ZeRO's load puts the step count on the CPU, which fused CUDA refuses
+    optimizer = torch.optim.AdamW(learning, **how)
+    if ranks.size > 1:                                                        # ZeRO-1 [T9]: each rank keeps its share of the moments
+        from torch.distributed.optim import ZeroRedundancyOptimizer           # a second to import
+        optimizer = ZeroRedundancyOptimizer(learning, optimizer_class=torch.optim.AdamW, **how)
     if resumed:
+        if resumed["tokenizer"] != task.which:
+            raise UserError(f"{path} learned from another tokenizer than {config.tokenizer}: pass --tokenizer with that one, or --overwrite")
         with explained(f"{path} is of another language model than --lm and --lm_config make"):
             task.net.load_state_dict(resumed["model"])
-        first_step = resumed["step"]
-    task.net.train()
+        resumed["optimizer"]["param_groups"][0].update(how)                   # rates and the like are this run's
+        optimizer.load_state_dict(resumed["optimizer"])
+        del resumed                                                           # it holds as much as model and optimiser
     if config.checkpointing:
         task.lm.gradient_checkpointing_enable(dict(use_reentrant=False))
     if config.compile:
         task.net.compile()
-    net, learning = ranks.run(task.net), [p for p in task.net.parameters() if p.requires_grad]
-    how = dict(lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.weight_decay,
-               fused=device.type != "mps" and ranks.size == 1)                 # ZeRO's load puts the step count on the CPU, which fused CUDA refuses
-    if ranks.size > 1:                                                        # ZeRO-1 [T9]: each rank keeps its share of the moments
-        from torch.distributed.optim import ZeroRedundancyOptimizer           # a second to import
-        optimizer = ZeroRedundancyOptimizer(learning, optimizer_class=torch.optim.AdamW, **how)
-    else:
-        optimizer = torch.optim.AdamW(learning, **how)
-    if resumed:
-        optimizer.load_state_dict(resumed["optimizer"])
-        for group in optimizer.param_groups:                                  # rates and the like are this run's
-            group.update(how)
-        del resumed                                                           # it holds as much as model and optimiser
+    net = ranks.run(task.net)
 
-    def save(step):
-        if ranks.size > 1:
-            optimizer.consolidate_state_dict(to=0)                            # all ranks send theirs
-        if ranks.first:
-            save_checkpoint(path, dict(model=task.net.state_dict(), optimizer=optimizer.state_dict(), step=step, tokenizer=task.which, config=asdict(config)))
-
-    log = Log(out / f"log_{name}.jsonl", first_step, ranks.first)
-    bar = tqdm(total=config.total_steps, initial=first_step, desc=config.phase or "generator", unit="step", disable=not ranks.first)
+    log = Log(out / f"log_{config.phase or 'ar'}.jsonl", first_step, ranks.first and not config.bench)
     starts = (step * config.batch_size + ranks.rank * local + i * micro for step in range(first_step, config.total_steps) for i in range(accumulate))
-    stream = task.stream(starts, micro)
+    stream = task.stream(range(at, at + micro) for at in starts)
     amp = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    bar = tqdm(range(first_step, config.total_steps + 1), config.phase or "generator", config.total_steps, initial=first_step, unit="step",
+               disable=not ranks.first)                                       # the last round only validates and saves
     last_log = first_step, time.time()
     ranks.catch_stop()
+    if config.bench:
+        stream, timed = itertools.repeat(next(stream)), bench(config, ranks, task.net)
 
-    for step in range(first_step, config.total_steps + 1):
+    for step in bar:
+        if config.bench and next(timed):
+            return
         # Once in a while: validate, save.
         last = step == config.total_steps
         if ranks.first and (last or (step > first_step and step % config.eval_every == 0)):
             task.net.eval()
             with amp, torch.no_grad():
-                found = task.validate(micro)
+                found = task.validate(task.val_at[i:i + micro] for i in range(0, len(task.val_at), micro))
             task.net.train()
             log(step=step, **found)
         stop = ranks.stopping()
         if last or stop or (step > first_step and step % config.save_every == 0):
-            save(step)
+            if ranks.size > 1:
+                optimizer.consolidate_state_dict(to=0)                        # all ranks send theirs
+            if ranks.first:
+                save_checkpoint(path, dict(model=task.net.state_dict(), optimizer=optimizer.state_dict(), step=step, tokenizer=task.which))
         if last or stop:
             break
 
@@ -578,10 +531,10 @@ def train(config, ranks):
         loss_sum = 0
         for i in range(accumulate):
             batch = [t.to(device, non_blocking=True) for t in next(stream)]
-            with contextlib.nullcontext() if ranks.size == 1 or i == accumulate - 1 else net.no_sync():       # reduce gradients once
-                with amp:
-                    loss = task.loss(net, *batch)
-                (loss / accumulate).backward()
+            net.require_backward_grad_sync = i == accumulate - 1              # DDP reduces gradients in backward: once a step is enough
+            with amp:
+                loss = task.loss(net, *batch)
+            (loss / accumulate).backward()
             loss_sum += loss.detach() / accumulate
         grad_norm = nn.utils.clip_grad_norm_(learning, config.clip)
         loss, grad_norm = torch.stack([ranks.sum(loss_sum) / ranks.size, grad_norm]).tolist()        # the step's one wait for the GPU
@@ -590,36 +543,31 @@ def train(config, ranks):
         optimizer.zero_grad()
         # --------------------------------------------------------------------------------------------------------------
 
-        bar.update()
         if (step + 1) % config.log_every == 0:
             rate = (step + 1 - last_log[0]) * config.batch_size / (time.time() - last_log[1])
             last_log = step + 1, time.time()
             log(step=step + 1, loss=loss, grad_norm=grad_norm, lr=config.lr * factor, images_per_s=rate)
             bar.set_postfix_str(f"loss {loss:.3f}, {rate:.0f} images/s")
-    bar.close()
     if ranks.first and last:
         task.lm.float().save_pretrained(folder)
         task.text_tokenizer.save_pretrained(folder)
         if config.phase: save_file(task.net.connector.state_dict(), folder / "connector.safetensors")
-        print(f"\n  {'pictures':24}{out / 'samples.png'}" * (not config.phase))
-        for what, value in found.items():
-            print(f"  {what:24}{value:.3f}")
-        print(f"  {'parameters':24}{sum(p.numel() for p in task.net.parameters()) / 1e6:.2f} million\n  {'time':24}{(time.time() - start) / 60:.1f} minutes\n"
-              f"  {'model':24}{folder}\n\nNext: python {task.next}{'' if str(out) == 'out/tiny' else f' --out_dir {out}'}")
+        report({what: f"{x:.3f}" for what, x in found.items()} | dict(parameters=f"{sum(p.numel() for p in task.net.parameters()) / 1e6:.2f} million",
+               time=f"{(time.time() - start) / 60:.1f} minutes", pictures="" if config.phase else out / "samples.png", model=folder))
+        print(f"\nNext: python {task.next}{'' if str(out) == 'out/tiny' else f' --out_dir {out}'}")
     ranks.wait()
     if stop and not last:
         ranks.say(f"stopped at step {step}, all saved. Go on with: {resume_command()}")
     return last
 
 def main():
-    config, _, origin = parse_config(ARConfig, PRESETS, preset_order)
-    ranks, both = Ranks(config.device), config.task == "understand" and not config.phase
-    if both and config.resume and not list((Path(config.out_dir) / "mllm").glob("*.pt")): raise UserError("nothing to resume: leave --resume out to start")
-    resumed = [config.resume and (Path(config.out_dir) / "mllm" / f"{phase}.pt").exists() for phase in ("pretrain", "sft")]
-    for phase, resume in zip(("pretrain", "sft"), resumed) if both else [(config.phase, config.resume)]:
-        if both and phase == "pretrain" and resumed[1]:
-            continue                                                          # it was done when SFT began
-        config, _, origin = parse_config(ARConfig, PRESETS, preset_order, argv=[*sys.argv[1:], "--phase", phase, "--resume" if resume else "--no-resume"])
+    config, _, _ = parse_config(ARConfig, PRESETS, preset_order)
+    ranks, phases = Ranks(config.device), [config.phase]
+    if config.task == "understand" and not config.phase:
+        phases = ["sft"] if config.resume and (Path(config.out_dir) / "mllm/sft.pt").exists() else ["pretrain", "sft"]
+    for phase in phases:
+        config, _, origin = parse_config(ARConfig, PRESETS, preset_order, argv=[*sys.argv[1:], "--phase", phase])
+        config.resume = config.resume and phase == phases[0]                  # what comes after it was not begun
         if ranks.first:
             print_config(origin, config)
         if not train(config, ranks):

@@ -6,15 +6,13 @@ Train the VQRAE tokenizer: the paper's two stages, and before them a stage 0 for
     torchrun --nproc_per_node=8 train_tokenizer.py --config siglip2_256 --data 'FOLDER or shards-{000..127}.tar'
     ... --resume                                    go on after a stop (bit for bit on a CPU)
     ... --stage 2 --init_from none --distill_weight 0                     Table 6, first row
-    ... --quantizer none                            the RAE baseline; every field of the model is a flag
+    ... --quantizer none                            the RAE baseline; every field of TrainConfig and of VQRAEConfig is a flag
 
     stage 0   a stand-in for SigLIP2: the tiny encoder learns captions and objects      -> stage0.pt
     stage 1   encoder frozen; codebook and decoder learn to reconstruct       (eq. 4)   -> stage1.pt, tokenizer-stage1/
     stage 2   encoder too, held to its old features by distillation           (eq. 6)   -> stage2.pt, tokenizer-stage2/
-
-In reading order: the configuration on one screen, data, stage 0, stages 1 and 2; last the shapes world.
 """
-import contextlib, copy, io, itertools, json, math, os, re, shlex, signal, sys, tarfile, time, zlib
+import copy, functools, io, itertools, json, math, os, re, shlex, signal, sys, tarfile, time, zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -28,12 +26,11 @@ from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from vqrae import (MODELS, VQRAE, Discriminator, Encoder, Log, PerceptualLoss, Ranks, UserError, VQRAEConfig, check_finite, command_line, explained,
-                   distill_loss, full, hinge_d_loss, lecam, load_checkpoint, load_encoder_weights, open_run, parse_config,
-                   print_config, psnr, resume_command, save_checkpoint, save_tokenizer, split_batch)
+from vqrae import (MODELS, VQRAE, Discriminator, Encoder, Log, PerceptualLoss, Ranks, UserError, VQRAEConfig, bench, check_finite, check_least,
+                   command_line, distill_loss, explained, full, hinge_d_loss, lecam, load_checkpoint, load_encoder_weights, open_run, parse_config,
+                   print_config, psnr, report, resume_command, save_checkpoint, save_tokenizer, split_batch)
 
-# ---- Configuration. Defaults are stage 1 of SigLIP2-so400m 256. Sources: [T7] the paper's Table 7, [TiTok] inherited from the
-# code it adapts, [ours]. Every field, and every field of VQRAEConfig, is a flag.
+# ---- Configuration. Defaults: stage 1 of SigLIP2-so400m 256. Sources: [T7] the paper's Table 7, [TiTok] inherited from the code it adapts, [ours].
 @dataclass
 class TrainConfig:
     config: Literal["tiny", "siglip2_base_256", "siglip2_256", "siglip2_512", "internvit_448"] = "tiny"  # model and its presets
@@ -45,6 +42,8 @@ class TrainConfig:
     resume: bool = False                  # go on from this stage's last checkpoint
     overwrite: bool = False               # start over although this stage has a checkpoint
     device: str = ""                      # cuda, mps or cpu; "": the first of them that is there
+    bench: int = 0                        # time that many steps on one batch, and stop; nothing is saved
+    profile: bool = False                 # with --bench: torch.profiler's table of where the time goes
     precision: Literal["bf16", "float32", "float64"] = "bf16"  # [T7] autocast; losses and code distances stay float32
     compile: bool = False                 # torch.compile of the tokenizer: some minutes first, then faster steps on a GPU
     checkpointing: bool = False           # recompute activations in the backward pass: less memory, more time
@@ -80,7 +79,7 @@ class TrainConfig:
     disc_width: int = 128                 # [TiTok]
     lecam_weight: float = 0.001           # [TiTok]
     # stage 0
-    stage0_steps: int = 500               # [ours] of 32 shapes pictures
+    stage0_steps: int = 1000              # [ours] of 16 shapes pictures
     stage0_lr: float = 2e-3               # [ours]
     # once in a while
     log_every: int = 50                   # [ours] steps
@@ -90,11 +89,11 @@ class TrainConfig:
 
     def __post_init__(self):
         self.out_dir = self.out_dir or f"out/{self.config}"
-        for name in ("batch_size", "total_steps", "log_every", "eval_every", "save_every", "val_images", "disc_width"):
-            if getattr(self, name) < 1: raise UserError(f"--{name} is at least 1, not {getattr(self, name)}")
-        if self.lr <= 0 or min(self.encoder_lr, self.end_lr, self.micro_batch, self.num_workers, self.warmup_steps) < 0:
-            raise UserError("--lr is above 0; the other rates, --micro_batch, --num_workers and --warmup_steps are not negative")
+        check_least(self, batch_size=1, total_steps=1, log_every=1, eval_every=1, save_every=1, val_images=1, disc_width=1, lr=1e-12, encoder_lr=0,
+                    end_lr=0, micro_batch=0, num_workers=0, warmup_steps=0, bench=0)
         if self.resume and self.overwrite: raise UserError("--resume goes on and --overwrite starts over: choose one")
+        if self.bench:
+            self.total_steps = self.eval_every = self.save_every = self.bench + 4
 
 PRESETS = {
     # What stage 2 changes: the encoder moves, slowly and on a leash; a discriminator comes in near the end.
@@ -119,15 +118,13 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 def decode(data):
     """Bytes of any image PIL reads -> upright RGB PIL image; transparency on white, the first frame of an animation."""
     image = Image.open(io.BytesIO(data))
-    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels are too many")
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS: raise ValueError(f"{image.width} x {image.height} pixels are too many")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":                       # 16 bits: keep the upper eight
         values = np.asarray(image, np.float32)
         return Image.fromarray((values / (257 if values.max() > 255 else 1)).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 def crop(image, size, u=(0.5, 0.5, 1.0), flip=False):
@@ -139,39 +136,37 @@ def crop(image, size, u=(0.5, 0.5, 1.0), flip=False):
     image = TF.pil_to_tensor(image.crop((left, top, left + size, top + size)))
     return image.flip(-1) if flip and u[2] < 0.5 else image
 
+@functools.lru_cache(maxsize=4)
+def shuffle(n, seed):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
+def shuffled(position, n, seed):
+    """Which of n images comes at `position`: each once an epoch, in another order in each."""
+    return int(shuffle(n, seed + position // n)[position % n])
+
 class Images(torch.utils.data.Dataset):
-    """Images of a folder or of tar shards by position, with caption and class. Unreadable ones are stepped over."""
+    """Images of a folder or of tar shards by position, `size` pixels a side, with caption and class. Unreadable ones are stepped over."""
     def __init__(self, source, size, seed=0, train=True, random_crop=False, random_flip=False, part=None):
-        """part: None for all, "train" for all but every 20th image, "val" for those. size: pixels a side."""
-        self.source, self.size, self.seed, self.train = source, size, seed, train
-        self.random_crop, self.random_flip = random_crop, random_flip
-        self.records = read_tars(source) if source.endswith(".tar") else read_folder(source)
-        self.records = split_off(self.records, part)
+        self.source, self.size, self.seed, self.train, self.random_crop, self.random_flip = source, size, seed, train, random_crop, random_flip
+        self.records = split_off(read_tars(source) if source.endswith(".tar") else read_folder(source), part)
         if not self.records: raise UserError(f"{source} is too small to hold validation images out: name some with --val_data")
-        self.order = (-1, None)
 
     def __len__(self):
         return len(self.records)
 
     def record(self, position):
-        epoch, i = divmod(position, len(self.records))
-        if not self.train:
-            return self.records[i]
-        if self.order[0] != epoch:                                            # a new shuffle each epoch
-            self.order = epoch, torch.randperm(len(self.records), generator=torch.Generator().manual_seed(self.seed + epoch))
-        return self.records[self.order[1][i]]
+        return self.records[shuffled(position, len(self), self.seed) if self.train else position % len(self)]
 
     def __getitem__(self, position):
         u, skipped = torch.rand(3, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + position)).tolist(), []
         u = u if self.random_crop else [0.5, 0.5, u[2]]
-        for attempt in range(len(self.records)):                              # an unreadable image's place goes to the next
-            record = self.record(position + attempt)
+        for record in map(self.record, range(position, position + len(self))):       # an unreadable image's place goes to the next
             try:
-                image = crop(decode(read_bytes(record["image"])), self.size, u, self.random_flip)
+                image = crop(decode(read_bytes(*record["image"])), self.size, u, self.random_flip)
             except Exception as error:                                        # PIL raises anything on damaged files
                 skipped.append(f"{record['name']}: {error}")
                 continue
-            text = record["text"] if isinstance(record["text"], str) else read_bytes(record["text"]).decode("utf-8", "replace")
+            text = record["text"] if isinstance(record["text"], str) else read_bytes(*record["text"]).decode("utf-8", "replace")
             return dict(image=image, text=text.strip(), label=record["label"], name=record["name"], skipped=skipped)
         raise UserError(f"no readable image in {self.source}: the first is {skipped[0]}")
 
@@ -179,9 +174,8 @@ def split_off(records, part):
     """part: None for all, "train" for all but every 20th, "val" for those."""
     return [r for i, r in enumerate(records) if part is None or (i % 20 == 0) == (part == "val")]
 
-def read_bytes(place):
-    """(file, offset, size) -> bytes; size -1: the whole file."""
-    path, offset, size = place
+def read_bytes(path, offset, size):
+    """size -1: the whole file."""
     with open(path, "rb") as file:
         file.seek(offset)
         return file.read(size)
@@ -200,10 +194,8 @@ def read_folder(folder):
                 captions[metadata.parent / row["file_name"]] = row
     records = []
     for path in files:
-        row = captions.get(path, {})
-        text = row.get("text")
-        if text is None:
-            text = (str(path.with_suffix(".txt")), 0, -1) if path.with_suffix(".txt").is_file() else ""
+        row, beside = captions.get(path, {}), path.with_suffix(".txt")
+        text = row["text"] if row.get("text") is not None else (str(beside), 0, -1) if beside.is_file() else ""
         label = row.get("label", path.parent.name if path.parent != folder else "")
         records.append(dict(name=str(path), image=(str(path), 0, -1), text=text, label=str(label)))
     return records
@@ -212,43 +204,30 @@ def read_tars(pattern):
     """Members of webdataset shards (key.jpg, key.txt) by file, offset and size. A damaged tar is named and left there."""
     paths = [pattern]
     while match := re.search(r"\{(\d+)\.\.(\d+)\}", paths[0]):
-        numbers = [str(n).zfill(len(match[1])) for n in range(int(match[1]), int(match[2]) + 1)]
-        paths = [p[:match.start()] + n + p[match.end():] for p in paths for n in numbers]
-    records = []
+        paths = [p.replace(match[0], str(n).zfill(len(match[1])), 1) for p in paths for n in range(int(match[1]), int(match[2]) + 1)]
+    members = {}
     for path in paths:
-        members = {}
         try:
             with tarfile.open(path) as tar:
                 for m in tar:
                     stem, suffix = os.path.splitext(m.name)
-                    members.setdefault(stem, {})[suffix.lower()] = (path, m.offset_data, m.size)
+                    members.setdefault((path, stem), {})[suffix.lower()] = (path, m.offset_data, m.size)
         except (OSError, tarfile.TarError) as error:
             print(f"skipped {path}: {error}")
-        for stem, parts in members.items():
-            image = next((parts[s] for s in sorted(IMAGE_SUFFIXES & parts.keys())), None)
-            if image:
-                records.append(dict(name=f"{path}:{stem}", image=image, text=parts.get(".txt", ""), label=os.path.basename(os.path.dirname(stem))))
+    records = [dict(name=f"{path}:{stem}", image=image, text=parts.get(".txt", ""), label=os.path.basename(os.path.dirname(stem)))
+               for (path, stem), parts in members.items() if (image := next((parts[s] for s in sorted(IMAGE_SUFFIXES & parts.keys())), None))]
     if not records: raise UserError(f"--data {pattern}: no readable shard with images")
     return records
 
-def open_data(source, config, size, train):
-    """The training or validation set that `config` asks for: None for shapes, which are drawn when they are needed."""
-    if source == "shapes":
-        return None
-    part = None if config.val_data else "train" if train else "val"
-    return Images(source, size, config.seed, train, config.random_crop and train, config.random_flip and train, part)
-
 def batches(dataset, size, positions, batch, num_workers=0):
     """Yield dict(image (batch, 3, size, size) float in [0, 1], text, label, name, skipped) for consecutive `positions`."""
-    if dataset is None:
-        positions = iter(positions)
-        while index := list(itertools.islice(positions, batch)):
+    if dataset is None:                                                       # shapes, drawn when they are needed; with their scene
+        for index in torch.utils.data.BatchSampler(positions, batch, drop_last=False):
             scene = plan(torch.tensor(index))
             yield dict(image=resize(render(scene), size), text=captions(scene), skipped=[], scene=scene)
         return
-    loader = torch.utils.data.DataLoader(dataset, batch, sampler=positions, num_workers=num_workers, collate_fn=collate,
-                                         worker_init_fn=ignore_signals, generator=torch.Generator())      # its own: iter() draws from it
-    for item in loader:
+    for item in torch.utils.data.DataLoader(dataset, batch, sampler=positions, num_workers=num_workers, collate_fn=collate,
+                                            worker_init_fn=ignore_signals, generator=torch.Generator()):      # its own: iter() draws from it
         yield item | dict(image=item["image"].float() / 255)
 
 def collate(items):
@@ -264,27 +243,25 @@ def resize(images, size):
     return images if images.shape[-1] == size else F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
 
 # ---- Stage 0 (ours; only where encoder_weights is "stage0"): a small ViT learns what SigLIP2 learns, in seconds. Captions by
-# SigLIP's sigmoid loss, and what is where (SigLIP2 learns that from a captioning decoder, we from the renderer). No pixel loss:
-# like any semantic encoder it may forget tints and shades, and stage 2 will have something to win back.
+# SigLIP's sigmoid loss, and what is where (SigLIP2 learns that from a decoder that names regions and boxes, we from the renderer). No
+# pixel loss: like any semantic encoder it may forget tints and shades, and stage 2 will have something to win back.
 class Pretrainer(nn.Module):
     def __init__(self, encoder, dim, width=128, words=8192):
         super().__init__()
-        self.encoder, self.norm = encoder, nn.LayerNorm(dim)
-        self.image_head = nn.Linear(dim, width)
+        self.encoder, self.norm, self.image_head = encoder, nn.LayerNorm(dim), nn.Linear(dim, width)
         self.words = nn.EmbeddingBag(words, width, mode="mean")
         self.text_head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
         self.scale, self.bias = nn.Parameter(torch.tensor(math.log(10.0))), nn.Parameter(torch.tensor(-10.0))
         self.segment = nn.ModuleList(nn.Linear(dim, 16 * (len(names) + 1)) for names in (SHAPES, COLORS))     # 4 x 4 cells a patch
+        self.place = nn.Linear(dim, 2)
 
     def embed_text(self, texts):
         """Bag of hashed words and word pairs -> (B, width): enough for short captions, whatever their words."""
-        ids = []
-        for text in texts:
-            words = ["", *text.lower().split()]
-            ids.append([zlib.crc32(w.encode()) % self.words.num_embeddings for w in [*words, *map(" ".join, zip(words, words[1:]))]])
-        offsets = torch.tensor([0, *map(len, ids[:-1])]).cumsum(0)
-        device = self.bias.device
-        return self.text_head(self.words(torch.tensor(sum(ids, []), device=device), offsets.to(device)))
+        texts = [["", *text.lower().split()] for text in texts]
+        bags = [[*words, *map(" ".join, zip(words, words[1:]))] for words in texts]
+        ids = [zlib.crc32(word.encode()) % self.words.num_embeddings for bag in bags for word in bag]
+        starts = [0, *itertools.accumulate(map(len, bags[:-1]))]
+        return self.text_head(self.words(*(torch.tensor(t, device=self.bias.device) for t in (ids, starts))))
 
     def forward(self, images, texts, scene):
         z = self.norm(self.encoder(images))                                   # (B, N, d)
@@ -293,22 +270,20 @@ class Pretrainer(nn.Module):
         logits = self.scale.exp() * image @ text.T + self.bias                # (B, B)
         same = torch.tensor([[1.0 if a == b else -1.0 for b in texts] for a in texts], device=z.device)
         losses = dict(sigmoid=-F.logsigmoid(same * logits).sum(1).mean() / 10)   # about as large as the others
-        for head, name, target in zip(self.segment, ("shape", "color"), segments(scene, math.isqrt(z.shape[1]))):
-            losses[name] = F.cross_entropy(head(z).unflatten(-1, (16, -1)).flatten(0, 2), target.flatten().to(z.device))
-        return losses
+        *what, where = (t.to(z.device) for t in segments(scene, math.isqrt(z.shape[1])))
+        for head, name, target in zip(self.segment, ("shape", "color"), what):
+            losses[name] = F.cross_entropy(head(z).unflatten(-1, (16, -1)).flatten(0, 2), target.flatten())
+        return losses | dict(place=0.3 * (self.place(z)[:, :, None] - where)[what[0] > 0].abs().mean())
 
 def pretrain(config, model_config, ranks, path):
     """Stage 0 -> `path`. Always on shapes: see README, "Stage 0 and your own images"."""
     if ranks.first:
         torch.manual_seed(config.seed)
-        encoder = Encoder(model_config)
-        net = Pretrainer(encoder, model_config.dim).to(ranks.device)
-        optimizer = torch.optim.AdamW(net.parameters(), lr=config.stage0_lr, weight_decay=0.05)
-        bar = tqdm(range(config.stage0_steps), desc="stage 0", unit="step")
-        stream = batches(None, model_config.image_size, range(32 * config.stage0_steps), 32)
-        for step, batch in zip(bar, stream):
-            for group in optimizer.param_groups:
-                group["lr"] = config.stage0_lr * lr_factor(step, 30, config.stage0_steps, 0.01)
+        net = Pretrainer(Encoder(model_config), model_config.dim).to(ranks.device)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=config.stage0_lr, betas=(config.beta1, config.beta2), weight_decay=0.05)
+        bar = tqdm(batches(None, model_config.image_size, range(16 * config.stage0_steps), 16), "stage 0", config.stage0_steps, unit="step")
+        for step, batch in enumerate(bar):
+            optimizer.param_groups[0]["lr"] = config.stage0_lr * lr_factor(step, 30, config.stage0_steps, 0.01)
             losses = net(batch["image"].to(ranks.device), batch["text"], batch["scene"])
             values = {name: loss.item() for name, loss in losses.items()}
             check_finite(values, step)
@@ -317,15 +292,14 @@ def pretrain(config, model_config, ranks, path):
             nn.utils.clip_grad_norm_(net.parameters(), config.clip)
             optimizer.step()
             bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
-        save_checkpoint(path, dict(encoder=encoder.vit.state_dict()))
+        save_checkpoint(path, dict(encoder=net.encoder.vit.state_dict()))
     ranks.wait()
 
 # ---- Stages 1 and 2 -------------------------------------------------------------------------------------------------
 def lr_factor(step, warmup, total, floor):
     """Linear warmup to 1, cosine to `floor`."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return (step + 1) / warmup if step < warmup else floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 def parameter_groups(model, config):
     """Encoder and the rest at their own rates; weight decay on matrices alone."""
@@ -339,7 +313,7 @@ def parameter_groups(model, config):
 
 def starting_point(config, model_config, ranks, resumed):
     """The model with the weights its stage begins from, and the frozen teacher T."""
-    model = VQRAE(model_config)
+    model, source = VQRAE(model_config), model_config.encoder_weights
     run = Path(config.out_dir if config.init_from in ("", "none") else config.init_from)
     if config.stage == 2 and config.init_from != "none":
         path = run / "stage1.pt"
@@ -350,20 +324,19 @@ def starting_point(config, model_config, ranks, resumed):
         model.load_state_dict(stage1["ema"], strict=True)
     elif resumed and config.encoder_lr == 0:
         model.load_state_dict(resumed["model"], strict=True)                  # its encoder has not moved
-    elif model_config.encoder_weights == "stage0":
-        if not (run / "stage0.pt").exists():
-            run = Path(config.out_dir)
-        if not (run / "stage0.pt").exists():
-            pretrain(config, model_config, ranks, run / "stage0.pt")
-        load_encoder_weights(model.encoder, str(run / "stage0.pt"))
     else:
-        load_encoder_weights(model.encoder, model_config.encoder_weights)
-    teacher = copy.deepcopy(model.encoder).requires_grad_(False).eval()       # before anything moves
-    return model, teacher
+        if source == "stage0":
+            source = (run if (run / "stage0.pt").exists() else Path(config.out_dir)) / "stage0.pt"
+            missing = not source.exists()
+            ranks.wait()                                                      # nobody writes before all have looked
+            if missing:
+                pretrain(config, model_config, ranks, source)
+        load_encoder_weights(model.encoder, str(source))
+    return model, copy.deepcopy(model.encoder).requires_grad_(False).eval()   # before anything moves
 
 def check_same_model(saved, model_config, path):
-    differ = [name for name, value in asdict(model_config).items() if saved.get(name) != value]
-    if differ: raise UserError(f"{path} is of another model: " + ", ".join(f"{n} is {saved.get(n)} there, {getattr(model_config, n)} here" for n in differ))
+    differ = [f"{name} is {saved.get(name)} there, {value} here" for name, value in asdict(model_config).items() if saved.get(name) != value]
+    if differ: raise UserError(f"{path} is of another model: {', '.join(differ)}")
 
 @torch.no_grad()
 def start_bottleneck(model, config, dataset, ranks):
@@ -383,11 +356,9 @@ def start_bottleneck(model, config, dataset, ranks):
 
 @torch.no_grad()
 def validate(model, dataset, config, device):
-    """-> mean PSNR of the validation images, codebook usage on them, and a grid of originals over reconstructions."""
+    """-> mean PSNR of val_images images (shuffled: files are sorted), codebook usage on them, and a grid of originals over reconstructions."""
     psnrs, used, grid = [], torch.zeros(model.config.codebook_size, dtype=torch.bool), None
-    positions = range(VALIDATION, VALIDATION + config.val_images)
-    if dataset is not None:                                                   # files are sorted: take some of every kind
-        positions = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:config.val_images].tolist()
+    positions = range(VALIDATION, VALIDATION + config.val_images) if dataset is None else shuffle(len(dataset), 0)[:config.val_images].tolist()
     for batch in batches(dataset, model.config.image_size, positions, 32):
         images = batch["image"].to(device)
         out = model(images)
@@ -396,9 +367,7 @@ def validate(model, dataset, config, device):
         if out.indices is not None:
             used[out.indices.flatten().cpu()] = True
         if grid is None:
-            across = min(8, len(images))
-            pairs = zip(target[:16].split(across), out.reconstruction[:16].clamp(0, 1).split(across))
-            grid = make_grid(torch.cat([row for pair in pairs for row in pair if len(row) == across]), nrow=across)
+            grid = make_grid(torch.cat([F.pad(target, (0, 0, 0, 2)), out.reconstruction.clamp(0, 1)], 2)[:16])       # 8 across
     return torch.cat(psnrs).mean().item(), used.float().mean().item(), grid
 
 def command(config, model_config, stage):
@@ -412,15 +381,14 @@ def command(config, model_config, stage):
 
 def train(config, model_config, ranks):
     out, device, start = Path(config.out_dir), ranks.device, time.time()
-    path = out / f"stage{config.stage}.pt"
-    resumed = open_run(path, config)
-    if resumed:
+    path, pictures = out / f"stage{config.stage}.pt", out / f"recon_stage{config.stage}.png"
+    if resumed := open_run(path, config):
         check_same_model(resumed["model_config"], model_config, path)
     local, micro, accumulate = split_batch(config, ranks)
-
-    size = model_config.image_size
-    data = open_data(config.data, config, size, train=True)
-    val_data = open_data(config.val_data or config.data, config, size, train=False)
+    size, val_source, split = model_config.image_size, config.val_data or config.data, not config.val_data and config.data != "shapes"
+    data = None if config.data == "shapes" else Images(config.data, size, config.seed, True, config.random_crop, config.random_flip,
+                                                       part="train" if split else None)
+    val_data = None if val_source == "shapes" else Images(val_source, size, train=False, part="val" if split else None)
     torch.manual_seed(config.seed)
     model, teacher = starting_point(config, model_config, ranks, resumed)
     torch.manual_seed(config.seed)                                            # the same from here on, whether stage 0 ran just now or not
@@ -429,12 +397,11 @@ def train(config, model_config, ranks):
     if config.disc_start >= config.total_steps:
         ranks.say(f"note: the discriminator would start at step {config.disc_start}, after the last: it takes no part")
 
-    frozen = config.encoder_lr == 0
+    frozen, betas, dtype = config.encoder_lr == 0, (config.beta1, config.beta2), torch.float64 if config.precision == "float64" else None
     model.encoder.requires_grad_(not frozen)
     if not resumed and (config.stage == 1 or config.init_from == "none"):
         start_bottleneck(model, config, data, ranks)
-    for part in filter(None, (model, teacher, perceptual, discriminator)):
-        part.to(device, torch.float64 if config.precision == "float64" else None)
+    nn.ModuleList(filter(None, (model, teacher, perceptual, discriminator))).to(device, dtype)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = config.tf32
@@ -442,58 +409,49 @@ def train(config, model_config, ranks):
     model.decoder.vit.set_grad_checkpointing(config.checkpointing)
     if config.compile:
         model.compile()
-    optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=(config.beta1, config.beta2), fused=device.type != "mps")
-    d_optimizer = discriminator and torch.optim.AdamW(discriminator.parameters(), lr=config.disc_lr, betas=(config.beta1, config.beta2),
-                                                      weight_decay=config.weight_decay)
-    lecam_real, lecam_fake = torch.zeros(2, device=device)                    # running mean logits
-    first_step = resumed["step"] if resumed else 0
+    optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=betas, fused=device.type != "mps")
+    d_optimizer = discriminator and torch.optim.AdamW(discriminator.parameters(), betas=betas, weight_decay=config.weight_decay)
+    parts = dict(model=model, ema=ema, optimizer=optimizer, discriminator=discriminator, d_optimizer=d_optimizer)
+    first_step, lecam_means = 0, torch.zeros(2, device=device)                # the latter: running mean logits, real and fake
     if resumed:
-        model.load_state_dict(resumed["model"])
-        ema.load_state_dict(resumed["ema"])
+        first_step, lecam_means = resumed["step"], resumed["lecam"].to(device)
         if first_step > config.total_steps or (resumed["config"]["encoder_lr"] == 0) != frozen:
-            raise UserError(f"{path} cannot go on like this: it is at step {resumed['step']} with --encoder_lr {resumed['config']['encoder_lr']}")
-        optimizer.load_state_dict(resumed["optimizer"] | dict(param_groups=optimizer.state_dict()["param_groups"]))    # rates are this run's
-        if discriminator and resumed["discriminator"]:
-            discriminator.load_state_dict(resumed["discriminator"])
-            d_optimizer.load_state_dict(resumed["d_optimizer"])
-        lecam_real, lecam_fake = resumed["lecam"].to(device)
+            raise UserError(f"{path} cannot go on like this: it is at step {first_step} with --encoder_lr {resumed['config']['encoder_lr']}")
+        resumed["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]         # rates are this run's
+        for name, part in parts.items():
+            if part and resumed[name]:
+                part.load_state_dict(resumed[name])
         torch.set_rng_state(resumed["rng"])
         del resumed                                                           # it holds as much as model and optimiser
     net, d_net = ranks.run(model), discriminator and ranks.run(discriminator)
     counts = torch.zeros(model_config.codebook_size, device=device)           # how often each code was used since the last log line
 
-    def save(step):
-        if ranks.first:
-            save_checkpoint(path, dict(
-                model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step,
-                discriminator=discriminator and discriminator.state_dict(), d_optimizer=d_optimizer and d_optimizer.state_dict(),
-                lecam=torch.stack([lecam_real, lecam_fake]), rng=torch.get_rng_state(), config=asdict(config), model_config=asdict(model_config)))
-
-    firsts = (step * config.batch_size + ranks.rank * local for step in range(first_step, config.total_steps))
-    positions = (at + i for at in firsts for i in range(local))               # of this rank's images
+    positions = (step * config.batch_size + ranks.rank * local + i for step in range(first_step, config.total_steps) for i in range(local))
     stream = batches(data, size, positions, micro, config.num_workers)
-    log = Log(out / f"log_stage{config.stage}.jsonl", first_step, ranks.first)
+    log = Log(out / f"log_stage{config.stage}.jsonl", first_step, ranks.first and not config.bench)
     bar = tqdm(total=config.total_steps, initial=first_step, desc=f"stage {config.stage}", unit="step", disable=not ranks.first)
-    weights = dict(l2=config.l2_weight, perceptual=config.perceptual_weight, quant=1.0, distill=config.distill_weight,
-                   adversarial=config.disc_weight)
-    skipped, last_log, warned, val, floor = 0, (first_step, time.time()), False, None, min(1.0, config.end_lr / config.lr)
+    weights = dict(l2=config.l2_weight, perceptual=config.perceptual_weight, quant=1.0, distill=config.distill_weight, adversarial=config.disc_weight)
+    skipped, last_log, warned, floor = 0, (first_step, time.time()), False, min(1.0, config.end_lr / config.lr)
     ranks.catch_stop()
+    if config.bench:
+        stream, timed = itertools.repeat(next(stream)), bench(config, ranks, model)
 
     for step in range(first_step, config.total_steps + 1):
-        # Once in a while: validate, draw, save.
+        if config.bench and next(timed):
+            return
         last = step == config.total_steps
         if ranks.first and (last or (step > first_step and step % config.eval_every == 0)):
             *val, grid = validate(ema, val_data, config, device)
-            save_image(grid, out / f"recon_stage{config.stage}.png")
+            save_image(grid, pictures)
             log(step=step, val_psnr=val[0], val_codebook_usage=val[1])
         stop = ranks.stopping()
-        if last or stop or (step > first_step and step % config.save_every == 0):
-            save(step)
+        if ranks.first and (last or stop or (step > first_step and step % config.save_every == 0)):
+            save_checkpoint(path, {name: part and part.state_dict() for name, part in parts.items()} | dict(
+                step=step, lecam=lecam_means, rng=torch.get_rng_state(), config=asdict(config), model_config=asdict(model_config)))
         if last or stop:
             break
 
-        # --------------------------------------------------------------------------------------------------------------
-        # One training step.
+        # ---- One training step -----------------------------------------------------------------------------------------
         factor = lr_factor(step, config.warmup_steps, config.total_steps, floor)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
@@ -501,67 +459,61 @@ def train(config, model_config, ranks):
         sums = {}
         for i in range(accumulate):
             batch = next(stream)
-            images = batch["image"].to(device, torch.float64 if config.precision == "float64" else None)   # (b, 3, h, w)
+            images = batch["image"].to(device, dtype)                         # (b, 3, h, w)
             for line in batch["skipped"]:
                 skipped += 1
                 tqdm.write(f"skipped {line}")
-            alone = ranks.size == 1 or i == accumulate - 1                    # DDP averages gradients in backward: once a step is enough
+            net.require_backward_grad_sync = i == accumulate - 1              # DDP averages gradients in backward: once a step is enough
             amp = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
-            with contextlib.nullcontext() if alone else net.no_sync():
-                with amp:
-                    X, Z_I, indices, vq_loss = net(images)                    # (b, 3, H, W), (b, N, d), (b, N), ()
-                X, target = full(X), resize(images, model_config.output_size)  # (b, 3, H, W) each; losses in float32 from here
-                terms = dict(l2=F.mse_loss(X, target), quant=vq_loss)                                            # eq. 2, 3
-                if perceptual:
-                    terms["perceptual"] = perceptual(target, X)
-                if config.distill_weight and not frozen:
-                    with torch.no_grad(), amp:
-                        T_X = teacher(images)                                 # (b, N, d)
-                    terms["distill"] = distill_loss(Z_I, T_X)                                                    # eq. 5
-                if adversarial:                                               # it only judges here: no gradient of its own, so no DDP
-                    discriminator.requires_grad_(False)
-                    terms["adversarial"] = -discriminator(X).mean()
-                loss = sum(weights[name] * term for name, term in terms.items())                                 # eq. 4, 6
-                (loss / accumulate).backward()
+            with amp:
+                X, Z_I, indices, vq_loss = net(images)                        # (b, 3, H, W), (b, N, d), (b, N), ()
+            X, target = full(X), resize(images, model_config.output_size)     # (b, 3, H, W) each; losses in float32 from here
+            terms = dict(l2=F.mse_loss(X, target), quant=vq_loss)                                                # eq. 2, 3
+            if perceptual:
+                terms["perceptual"] = perceptual(target, X)
+            if config.distill_weight and not frozen:
+                with torch.no_grad(), amp:
+                    T_X = teacher(images)                                     # (b, N, d)
+                terms["distill"] = distill_loss(Z_I, T_X)                                                        # eq. 5
+            if adversarial:                                                   # it only judges here: no gradient of its own, so no DDP
+                discriminator.requires_grad_(False)
+                terms["adversarial"] = -discriminator(X).mean()
+            loss = sum(weights[name] * term for name, term in terms.items())                                     # eq. 4, 6
+            (loss / accumulate).backward()
             if adversarial:
                 discriminator.requires_grad_(True)
-                with contextlib.nullcontext() if alone else d_net.no_sync():
-                    real, fake = d_net(torch.cat([target, X.detach()])).chunk(2)              # (b, 1, 16, 16) each
-                    real_mean, fake_mean = ranks.mean_with_grad(real.mean()), ranks.mean_with_grad(fake.mean())
-                    terms["discriminator"] = hinge_d_loss(real, fake)
-                    terms["lecam"] = lecam(real_mean, fake_mean, lecam_real, lecam_fake)
-                    ((terms["discriminator"] + config.lecam_weight * terms["lecam"]) / accumulate).backward()
-                lecam_real, lecam_fake = (0.999 * e + 0.001 * m.detach().float() for e, m in ((lecam_real, real_mean), (lecam_fake, fake_mean)))
+                d_net.require_backward_grad_sync = net.require_backward_grad_sync
+                real, fake = d_net(torch.cat([target, X.detach()])).chunk(2)                                     # (b, 1, 16, 16) each
+                real_mean, fake_mean = ranks.mean_with_grad(real.mean()), ranks.mean_with_grad(fake.mean())
+                terms["discriminator"] = hinge_d_loss(real, fake)
+                terms["lecam"] = lecam(real_mean, fake_mean, *lecam_means)
+                ((terms["discriminator"] + config.lecam_weight * terms["lecam"]) / accumulate).backward()
+                lecam_means = 0.999 * lecam_means + 0.001 * torch.stack([real_mean, fake_mean]).detach().float()
             for name, term in dict(terms, loss=loss).items():
                 sums[name] = sums.get(name, 0) + full(term.detach()) / accumulate
             if indices is not None:                                           # bincount would wait for the GPU
                 counts.index_add_(0, indices.flatten(), torch.ones(indices.numel(), device=device))
 
         sums["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        mean = ranks.sum(torch.stack(list(sums.values()))) / ranks.size
-        sums = dict(zip(sums, mean.tolist()))                                 # the step's one wait for the GPU
+        sums = dict(zip(sums, (ranks.sum(torch.stack([*sums.values()])) / ranks.size).tolist()))       # the step's one wait for the GPU
         check_finite(sums, step)
         optimizer.step()
         optimizer.zero_grad()
         if adversarial:
-            since, span = step - config.disc_start, config.total_steps - config.disc_start
-            for group in d_optimizer.param_groups:
-                group["lr"] = config.disc_lr * lr_factor(since, config.warmup_steps, span, floor)
+            d_factor = lr_factor(step - config.disc_start, config.warmup_steps, config.total_steps - config.disc_start, floor)
+            d_optimizer.param_groups[0]["lr"] = config.disc_lr * d_factor
             nn.utils.clip_grad_norm_(discriminator.parameters(), config.clip)
             d_optimizer.step()
             d_optimizer.zero_grad()
         decay = min(config.ema_decay, (1 + step) / (10 + step))
-        with torch.no_grad():
-            for e, p in zip(ema.parameters(), model.parameters()):
-                if p.requires_grad:                                           # what is frozen stays bit for bit
-                    e.lerp_(p, 1 - decay)
-        # --------------------------------------------------------------------------------------------------------------
-
+        for e, p in zip(ema.parameters(), model.parameters()):
+            if p.requires_grad:                                               # what is frozen stays bit for bit
+                e.lerp_(p.detach(), 1 - decay)
+        # ----------------------------------------------------------------------------------------------------------------
         bar.update()
         if (step + 1) % config.log_every == 0:
             used = ranks.sum(counts)
-            share = used / used.sum().clamp(min=1)
-            usage, perplexity = (used > 0).float().mean().item(), torch.special.entr(share).sum().exp().item()
+            usage, perplexity = (used > 0).float().mean().item(), torch.special.entr(used / used.sum().clamp(min=1)).sum().exp().item()
             counts = torch.zeros_like(counts)
             rate = (step + 1 - last_log[0]) * config.batch_size / (time.time() - last_log[1])
             last_log = step + 1, time.time()
@@ -574,27 +526,17 @@ def train(config, model_config, ranks):
     bar.close()
     if stop and not last:
         ranks.say(f"stopped at step {step}, all saved. Go on with: {resume_command()}")
-        return
-    if ranks.first:
-        finish(config, ema, teacher, val, time.time() - start, skipped)
+    elif ranks.first:                                                         # save the tokenizer, tell what came of it and what comes next
+        folder, newest = out / f"tokenizer-stage{config.stage}", out / "tokenizer"
+        save_tokenizer(ema.float(), folder, teacher if model_config.encoder_weights in ("stage0", "random") else None)
+        newest.unlink(missing_ok=True)
+        newest.symlink_to(folder.name)
+        report({"stage": config.stage, "validation PSNR": f"{val[0]:.2f} dB",
+                "validation codebook use": ema.quantizer and f"{val[1]:.1%} of {model_config.codebook_size} codes",
+                "time": f"{(time.time() - start) / 60:.1f} minutes", "pictures": pictures, "tokenizer": folder, "unreadable images": skipped})
+        scoring = shlex.join(["python", "eval.py", "--data", val_source, "--out_dir", str(out), *["--part", "val"] * split])
+        print(f"\nNext: {command(config, model_config, 2) if config.stage == 1 else scoring}")
     ranks.wait()
-
-def finish(config, ema, teacher, val, seconds, skipped):
-    """Save the tokenizer, print the short table and the next command."""
-    out = Path(config.out_dir)
-    folder = out / f"tokenizer-stage{config.stage}"
-    save_tokenizer(ema.float(), folder, teacher if ema.config.encoder_weights in ("stage0", "random") else None)
-    newest = out / "tokenizer"
-    newest.unlink(missing_ok=True)
-    newest.symlink_to(folder.name)
-    print(f"\n  {'stage':24}{config.stage}\n  {'validation PSNR':24}{val[0]:.2f} dB")
-    if ema.quantizer:
-        print(f"  {'validation codebook use':24}{val[1]:.1%} of {ema.config.codebook_size} codes")
-    print(f"  {'time':24}{seconds / 60:.1f} minutes\n  {'pictures':24}{out / f'recon_stage{config.stage}.png'}\n  {'tokenizer':24}{folder}"
-          + f"\n  {'unreadable images':24}{skipped}" * (skipped > 0))
-    scoring = shlex.join(["python", "eval.py", "--data", config.val_data or config.data, "--out_dir", str(out),
-                          *["--part", "val"] * (config.data != "shapes" and not config.val_data)])
-    print(f"\nNext: {command(config, ema.config, 2) if config.stage == 1 else scoring}")
 
 def main():
     config, model_config, origin = parse_config(TrainConfig, PRESETS, preset_order, VQRAEConfig, MODELS)
@@ -604,8 +546,7 @@ def main():
         Path(config.out_dir).mkdir(parents=True, exist_ok=True)
     ranks.wait()
     if config.stage > 0:
-        train(config, model_config, ranks)
-        return
+        return train(config, model_config, ranks)
     if model_config.encoder_weights != "stage0":
         raise UserError(f"--config {config.config} has a pretrained encoder: stage 0 is for encoder_weights stage0, the tiny config's")
     path = Path(config.out_dir) / "stage0.pt"
@@ -616,15 +557,17 @@ def main():
 # ---- The shapes world: 64 x 64 pictures of one to four objects, drawn by the thousand a second. Picture i is a function of i
 # alone. From VALIDATION on they are for validation, and only there do HELD_OUT pairs of shape and colour appear.
 VALIDATION = 1 << 40
-SIDE, WINDOW = 64, 38                             # pixels a picture; pixels a window that holds any one object
+SIDE, WINDOW, EXTENT = 64, 38, 1.3                # pixels a picture; pixels a window that holds any one object; half the side of ATLAS, in radii
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLORS = {"red": (0.86, 0.16, 0.16), "orange": (0.98, 0.56, 0.10), "yellow": (0.98, 0.88, 0.20), "green": (0.20, 0.65, 0.25),
           "cyan": (0.20, 0.80, 0.85), "blue": (0.16, 0.32, 0.86), "purple": (0.55, 0.20, 0.72), "pink": (0.98, 0.50, 0.75)}
 PALETTE = torch.tensor(list(COLORS.values()))
 HELD_OUT = (torch.arange(6)[:, None] + 3) % 8 == torch.arange(8)              # (shape, color): green circle, cyan square, ...
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr", "scene")    # GenEval's six, and one more
+MIX = torch.tensor([0, 1, 2, 2, 3, 3, 4, 4, 4, 5, 5, 6])                      # how often each comes: more where words must find their object
 RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = ("zero", "one", "two", "three", "four")
+PLURAL = {shape: shape + ("es" if shape == "cross" else "s") for shape in SHAPES}
 
 class Scene(NamedTuple):
     """What is in B pictures; objects in four places of which the first `count` are taken."""
@@ -647,25 +590,22 @@ class Scene(NamedTuple):
 
 def uniforms(index, n):
     """(B,) int64 -> (B, n) numbers in [0, 1), by the splitmix64 hash of (index, column)."""
-    signed = lambda x: x - (1 << 64)                                          # torch has no uint64 arithmetic; int64 wraps the same
-    x = index[:, None] * signed(0x9E3779B97F4A7C15) + torch.arange(1, n + 1) * signed(0xD1B54A32D192ED03)
-    for shift, factor in ((30, signed(0xBF58476D1CE4E5B9)), (27, signed(0x94D049BB133111EB)), (31, 1)):
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
-    return ((x >> 40) & 0xFFFFFF).float() / (1 << 24)
+    x = index.numpy()[:, None].astype(np.uint64) * 0x9E3779B97F4A7C15 + np.arange(1, n + 1, dtype=np.uint64) * 0xD1B54A32D192ED03
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        x = (x ^ (x >> shift)) * factor
+    return torch.from_numpy((x >> 40).astype(np.float32)) / (1 << 24)
 
 def plan(index, task=None):
     """Picture numbers (B,) int64 -> Scene. task: an index into TASKS, or one each (B,), to have that and no other."""
     u = uniforms(index, 48)
-    task = (u[:, 0] * len(TASKS)).long() if task is None else torch.as_tensor(task).expand_as(index)
-    low = torch.tensor([1, 2, 2, 1, 2, 2, 3])[task]                           # objects a task has at least, and how many more
-    count = low + (u[:, 1] * torch.tensor([1, 1, 3, 1, 1, 1, 2])[task]).long()
-    shape, color = u[:, 2:8].argsort(1)[:, :4], u[:, 8:16].argsort(1)[:, :4]  # all different (but for the swap below),
-    alike = (task == 2)[:, None]
-    shape, color = torch.where(alike, shape[:, :1], shape), torch.where(alike, color[:, :1], color)   # but for counting
-    training = (index < VALIDATION)[:, None]
-    color = torch.where(training & HELD_OUT[shape, color], (color + 1) % 8, color)                # no HELD_OUT pair
+    task = MIX[(u[:, 0] * len(MIX)).long()] if task is None else torch.as_tensor(task).expand_as(index)
+    count = torch.tensor([1, 2, 2, 1, 2, 2, 3])[task] + (u[:, 1] * torch.tensor([1, 1, 3, 1, 1, 1, 2])[task]).long()     # at least, and how many more
+    different = u[:, 2:8].argsort(1)[:, :4], u[:, 8:16].argsort(1)[:, :4]     # shapes, colors: all different (but for the swap below),
+    shape, color = (torch.where((task == 2)[:, None], kind[:, :1], kind) for kind in different)   # but for counting
+    color = torch.where((index < VALIDATION)[:, None] & HELD_OUT[shape, color], (color + 1) % 8, color)      # no HELD_OUT pair in training
     relation = (u[:, 1] * 4).long()
-    cells = u[:, 16:20].argsort(1)                                            # quadrants: 0 1 over 2 3
+    cells = u[:, 16:20].argsort(1)                                            # quadrants: 0 1 over 2 3,
+    cells = torch.where(torch.arange(4) < count[:, None], cells, cells + 4).sort(1).values % 4      # taken in reading order
     pairs = torch.tensor([[0, 1], [1, 0], [0, 2], [2, 0], [2, 3], [3, 2], [1, 3], [3, 1]])            # first, second by relation
     cells[:, :2] = torch.where((task == 4)[:, None], pairs[relation + 4 * (u[:, 20] < 0.5)], cells[:, :2])
     alone = (count == 1)[:, None]
@@ -673,13 +613,9 @@ def plan(index, task=None):
     room = torch.where(alone, 4, 13 - radius)                                  # objects never touch each other or the edge
     x = torch.where(alone, 32, 16 + 32 * (cells % 2)) + room * (2 * u[:, 25:29] - 1)
     y = torch.where(alone, 32, 16 + 32 * (cells // 2)) + room * (2 * u[:, 29:33] - 1)
-    angle = 0.1 * u[:, 33:37] - 0.05
     rgb = (PALETTE[color] * (0.98 + 0.04 * u[:, 37:41, None])).clamp(max=1)
     background = 0.80 + 0.12 * u[:, 41:42] + 0.02 * (u[:, 42:45] - 0.5)        # greyish, so that every object stands out
-    return Scene(task, count, relation, shape, color, x, y, radius, angle, rgb, background, 0.06 * (u[:, 45:47] - 0.5))
-
-def plural(shape):
-    return shape + ("es" if shape == "cross" else "s")
+    return Scene(task, count, relation, shape, color, x, y, radius, 0.1 * u[:, 33:37] - 0.05, rgb, background, 0.06 * (u[:, 45:47] - 0.5))
 
 def article(thing):
     return f"{'an' if thing[0] == 'o' else 'a'} {thing}"
@@ -689,15 +625,10 @@ def captions(scene):
     out = []
     for task, n, relation, shapes, colors in zip(*(t.tolist() for t in (scene.task, scene.count, scene.relation, scene.shape, scene.color))):
         shapes = [SHAPES[s] for s in shapes[:n]]
-        named = [f"{list(COLORS)[c]} {s}" for c, s in zip(colors, shapes)]
-        if TASKS[task] == "counting":
-            out.append(f"{NUMBERS[n]} {plural(shapes[0])}")
-            continue
-        things = [article(t) for t in (shapes if TASKS[task] in ("single_object", "two_object") else named)]
-        if TASKS[task] == "position":
-            out.append(f"{things[0]} {RELATIONS[relation]} {things[1]}")
-        else:
-            out.append(" and ".join(filter(None, (", ".join(things[:-1]), things[-1]))))
+        things = [article(s if TASKS[task] in ("single_object", "two_object") else f"{list(COLORS)[c]} {s}") for c, s in zip(colors, shapes)]
+        out.append(f"{NUMBERS[n]} {PLURAL[shapes[0]]}" if TASKS[task] == "counting" else
+                   f"{things[0]} {RELATIONS[relation]} {things[1]}" if TASKS[task] == "position" else
+                   " and ".join(filter(None, (", ".join(things[:-1]), things[-1]))))
     return out
 
 def questions(index, scene, rounds=1):
@@ -711,49 +642,37 @@ def questions(index, scene, rounds=1):
             i, j = int(u[0] * n), int(u[1] * n)
             color, shape = things[i]
             if u[2] < 0.5:                                                    # POPE asks half its questions about what is not there,
-                color = list(COLORS)[int(u[3] * 8)]
-                shape = SHAPES[int(u[4] * 6)] if u[5] < 0.5 else shape        # half of those with something right
+                color, shape = list(COLORS)[int(u[3] * 8)], (SHAPES[int(u[4] * 6)] if u[5] < 0.5 else shape)  # half of those with something right
             asked[f"is there {article(color)} {shape}?"] = "presence", "yes" if (color, shape) in things else "no"
             if u[6] < 0.4 and len(set(drawn)) == n:                           # else nearly all answers were "one"
                 asked["how many objects are there?"] = "counting", NUMBERS[n]
             else:
                 shape = drawn[i] if u[6] < 0.8 else SHAPES[int(u[7] * 6)]
-                asked[f"how many {plural(shape)} are there?"] = "counting", NUMBERS[drawn.count(shape)]
+                asked[f"how many {PLURAL[shape]} are there?"] = "counting", NUMBERS[drawn.count(shape)]
             if drawn.count(drawn[i]) == 1:
                 asked[f"what color is the {drawn[i]}?"] = "color", things[i][0]
             dx, dy = xs[i] - xs[j], ys[i] - ys[j]
-            if drawn[i] != drawn[j] and max(abs(dx), abs(dy)) > 8:
+            if u[8] < 0.5 and drawn[i] != drawn[j] and max(abs(dx), abs(dy)) > 8:
                 across = abs(dx) > abs(dy)
                 asked[f"is the {drawn[i]} {'left or right of' if across else 'above or below'} the {drawn[j]}?"] = (
                     "position", ("left" if dx < 0 else "right") if across else "above" if dy < 0 else "below")
+            elif n > 1 and drawn.count(drawn[i]) == 1:
+                asked[f"is the {drawn[i]} on the {'left or right' if u[9] < 0.5 else 'top or bottom'}?"] = (
+                    "position", ("left" if xs[i] < 32 else "right") if u[9] < 0.5 else "top" if ys[i] < 32 else "bottom")
         out.append(dict(sorted(asked.items(), key=lambda item: zlib.crc32(f"{chance[-1]} {item[0]}".encode()))))
     return out
 
-EXTENT = 1.3                                      # half the side of ATLAS, in radii
-
 def draw_atlas(side=64):
-    """(6, 1, side, side): signed distance to each shape's outline, positive inside, in radii."""
-    axis = torch.linspace(-EXTENT, EXTENT, side)
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    r = (x * x + y * y).sqrt()
-
-    def polygon(points):
-        a, p = torch.tensor(points), torch.stack([x, y], -1)[..., None, :]    # corners (V, 2), pixels (side, side, 1, 2)
-        b = a.roll(-1, 0)
-        edge, to = b - a, p - a
-        along = ((to * edge).sum(-1) / edge.square().sum(-1)).clamp(0, 1)
-        distance = (to - along[..., None] * edge).norm(dim=-1).amin(-1)
-        crossing = (a[:, 1] <= p[..., 1]) != (b[:, 1] <= p[..., 1])           # edges that a ray to the right may cross
-        right = p[..., 0] < a[:, 0] + to[..., 1] / torch.where(edge[:, 1] == 0, 1, edge[:, 1]) * edge[:, 0]
-        return distance * ((crossing & right).sum(-1) % 2 * 2 - 1)
-
-    def rays(*radii):                                                         # corners at equal angles, the first upward
-        turn = 2 * math.pi / len(radii)
-        return [(r * math.sin(i * turn), -r * math.cos(i * turn)) for i, r in enumerate(radii)]
-    s, w = 0.84, 0.33
-    cross = [(-w, -1), (w, -1), (w, -w), (1, -w), (1, w), (w, w), (w, 1), (-w, 1), (-w, w), (-1, w), (-1, -w), (-w, -w)]
-    return torch.stack([0.93 - r, polygon([(-s, -s), (s, -s), (s, s), (-s, s)]), polygon(rays(1.12, 1.12, 1.12)),
-                        polygon(rays(*[1.15, 0.5] * 5)), polygon(cross), 0.22 - (r - 0.78).abs()])[:, None]
+    """(6, 1, side, side): how far inside each shape's outline a point lies, in radii; negative outside."""
+    y, x = torch.meshgrid(*[torch.linspace(-EXTENT, EXTENT, side)] * 2, indexing="ij")
+    r, angle = x.hypot(y), torch.atan2(x, -y)                                 # from straight up
+    off = lambda n: angle % (2 * math.pi / n) - math.pi / n                   # from the middle of a regular n-gon's side
+    bar = lambda a, b: torch.minimum(0.33 - a.abs(), 1 - b.abs())
+    tip, dent = 1.15, (0.5 * math.cos(math.pi / 5), 0.5 * math.sin(math.pi / 5))      # a star's side runs from (tip, 0) to dent
+    beside = math.pi / 5 - off(5).abs()                                       # angle to the nearest tip
+    star = (dent[1] * (tip - r * beside.cos()) - (tip - dent[0]) * r * beside.sin()) / math.hypot(tip - dent[0], dent[1])
+    return torch.stack([0.93 - r, 0.84 - torch.maximum(x.abs(), y.abs()), 0.56 - r * off(3).cos(), star,
+                        torch.maximum(bar(x, y), bar(y, x)), 0.22 - (r - 0.78).abs()])[:, None]
 
 ATLAS = draw_atlas()
 PIXELS = torch.cartesian_prod(torch.arange(WINDOW) + 0.5, torch.arange(WINDOW) + 0.5).flip(1)      # (W W, 2): x, y
@@ -778,8 +697,7 @@ def draw_layers(scene):
     layers.view(-1)[(corner[:, None, None] + at[:, None] * SIDE + at).flatten()] = cover.flatten()
     torch.sub(1, layers[:, :4].sum(1), out=layers[:, 4])
     axis = (torch.arange(SIDE) + 0.5) / SIDE - 0.5
-    slope = scene.slope[:, 0, None, None] * axis + scene.slope[:, 1, None, None] * axis[:, None]
-    torch.mul(layers[:, 4], slope, out=layers[:, 5])
+    torch.mul(layers[:, 4], scene.slope[:, 0, None, None] * axis + scene.slope[:, 1, None, None] * axis[:, None], out=layers[:, 5])
     return layers
 
 def render(scene):
@@ -789,10 +707,12 @@ def render(scene):
     return (rgb.transpose(1, 2) @ layers.flatten(2)).view(-1, 3, SIDE, SIDE).clamp_(0, 1)
 
 def segments(scene, grid):
-    """What is where: shape and color, (B, grid * grid, 16) each for the 4 x 4 cells of every patch; 0 for background, else index + 1."""
+    """What is where in the 4 x 4 cells of every patch: shape and color, (B, grid * grid, 16) each, 0 for background, else index + 1; and
+    the middle of the cell's object, (B, grid * grid, 16, 2) in [-1, 1]."""
     cells = F.interpolate(draw_layers(scene)[:, :4], size=4 * grid, mode="area")                              # (B, 4, 4 grid, 4 grid)
     cover, who = cells.unflatten(3, (grid, 4)).unflatten(2, (grid, 4)).transpose(3, 4).flatten(4).flatten(2, 3).max(1)    # (B, N, 16)
-    return [torch.where(cover > 0.5, what.gather(1, who.flatten(1)).view_as(who) + 1, 0) for what in (scene.shape, scene.color)]
+    shape, color, x, y = (what.gather(1, who.flatten(1)).view_as(who) for what in (scene.shape, scene.color, scene.x, scene.y))
+    return [*(torch.where(cover > 0.5, what + 1, 0) for what in (shape, color)), torch.stack([x, y], -1) / 32 - 1]
 
 if __name__ == "__main__":
     command_line(main)

@@ -1,36 +1,20 @@
 """
 VQRAE: one tokenizer, two outputs. (CVPR 2026, "Representation Quantization Autoencoders")
 
-                        images X (B, 3, h, w) in [0, 1]
-                                  |
-                       Encoder: a pretrained ViT (the VFM), patch p                     section 3.2
-                                  |
-                      Z_I (B, N, d)   N = (h/p)(w/p)  ---------------->  understanding: an MLLM reads Z_I as it is
-                                  |
-                     to_code: LayerNorm, Linear d -> e      e >= d
-                                  |
-                      Z_c (B, N, e)
-                                  |
-             SimVQ: nearest row of C W   C (k, e) frozen, W (e, e) learned             eq. 1, 3
-                                  |
-         indices (B, N) in [0, k)   Z_q (B, N, e)  ------------------->  generation: a language model writes indices
-                                  |
-                     from_code: Linear e -> d
-                                  |
-                    Z_bot (B, N, d)
-                                  |
-             Decoder: the same ViT at patch size 1, then Linear d -> 3 q q             q = p keeps the resolution
-                                  |
-                       X' (B, 3, hq/p, wq/p)
+     images X (B, 3, h, w) in [0, 1]
+         |      Encoder E: a pretrained ViT (the VFM), patch p; a frozen copy is the teacher T            section 3.2
+     Z_I (B, N, d)   N = (h/p)(w/p)            ------------>  understanding: an MLLM reads Z_I = VQRAE.encode(X) as it is
+         |      to_code: LayerNorm, Linear d -> e      e >= d
+     Z_c (B, N, e)
+         |      SimVQ: nearest row of C W   C (k, e) = codebook, frozen; W (e, e) = proj, learned          eq. 1, 3
+     Z_q (B, N, e)   indices (B, N) in [0, k)  ------------>  generation: a language model writes indices; SimVQ.lookup is their Z_q
+         |      from_code: Linear e -> d
+     Z_bot (B, N, d)
+         |      Decoder D: the same ViT at patch size 1, then Linear d -> 3 q q   VQRAEConfig.q = p keeps the resolution
+     X' (B, 3, hq/p, wq/p)                     <------------  VQRAE.detokenize(indices)
 
-paper             | here                                   paper              | here
-E, T              | Encoder; a frozen copy is the teacher  L_quant  (eq. 3)   | SimVQ.forward, third result
-Z_I               | VQRAE.encode(X)                        L_P      (eq. 2)   | PerceptualLoss
-C, W              | SimVQ.codebook, SimVQ.proj             L_G      (eq. 2)   | Discriminator, hinge_d_loss, lecam
-Z_q, Z_bot        | SimVQ.lookup, VQRAE.from_code          L_distill (eq. 5)  | distill_loss
-D, X'             | Decoder, VQRAE.detokenize              q                  | VQRAEConfig.q
-
-In reading order: configuration, encoder, quantiser, decoder, the whole, losses, files; last what the scripts share.
+Losses: L_quant (eq. 3) is SimVQ.forward's third result; L_P (eq. 2) PerceptualLoss; L_G (eq. 2) Discriminator, hinge_d_loss, lecam; L_distill
+(eq. 5) distill_loss. In reading order: configuration, encoder, quantiser, decoder, the whole, losses, files; last what the scripts share.
 """
 import argparse, contextlib, dataclasses, datetime, inspect, io, json, math, os, re, shlex, shutil, signal, sys, time, urllib.request, warnings
 from dataclasses import dataclass, field
@@ -44,10 +28,8 @@ import torch.distributed.nn.functional as dist_nn
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, constants, hf_hub_download
-from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from timm.layers import resample_abs_pos_embed
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import ConvNeXt_Small_Weights, VGG16_Weights, convnext_small
 
 class UserError(ValueError):
@@ -58,10 +40,13 @@ def explained(message, *kinds):
     """Inside, errors of these kinds (default: all) become a UserError: `message`, and the first words of what happened."""
     try:
         yield
-    except UserError:
-        raise
     except kinds or Exception as error:
+        if isinstance(error, UserError): raise
         raise UserError(f"{message} ({' '.join(str(error).split())[:200]})") from error
+
+def check_least(config, **least):                                             # {name of a field: the least value it may have}
+    for name, low in least.items():
+        if getattr(config, name) < low: raise UserError(f"--{name} is at least {low}, not {getattr(config, name)}")
 
 # ---- Configuration --------------------------------------------------------------------------------------------------
 @dataclass
@@ -79,30 +64,18 @@ class VQRAEConfig:
     beta: float = 0.25                # weight of the commitment term in eq. 3
 
     def __post_init__(self):
-        if self.image_size <= 0 or self.patch_size <= 0 or self.image_size % self.patch_size:
-            raise UserError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}: "
-                            f"try --image_size {max(1, round(self.image_size / max(1, self.patch_size))) * self.patch_size}")
+        check_least(self, image_size=1, patch_size=1, dim=1, q=0, codebook_size=1, codebook_dim=1)
+        h, p = self.image_size, self.patch_size
+        if h % p: raise UserError(f"image_size {h} is not a multiple of patch_size {p}: try --image_size {max(1, round(h / p)) * p}")
         if self.quantizer not in ("simvq", "none"): raise UserError(f"quantizer is simvq or none, not {self.quantizer!r}")
-        if min(self.codebook_size, self.codebook_dim, self.dim) < 1 or self.q < 0:
-            raise UserError("codebook_size, codebook_dim and dim are at least 1, and q at least 0")
 
-    @property
-    def grid(self):                   # tokens a side; N = grid * grid
-        return self.image_size // self.patch_size
+    grid = property(lambda self: self.image_size // self.patch_size)                  # tokens a side
+    num_tokens = property(lambda self: self.grid ** 2)                                # N
+    output_size = property(lambda self: self.grid * (self.q or self.patch_size))      # pixels a side of the reconstruction
 
-    @property
-    def num_tokens(self):             # N
-        return self.grid ** 2
-
-    @property
-    def output_size(self):            # pixels a side of the reconstruction
-        return self.grid * (self.q or self.patch_size)
-
-MODELS = {
-    # A stand-in VFM that `train_tokenizer.py` pretrains itself, small enough for a laptop's CPU.
+MODELS = {                            # tiny: a stand-in VFM that `train_tokenizer.py` pretrains itself, small enough for a laptop's CPU
     "tiny": VQRAEConfig(encoder="vit_tiny_patch16_224", encoder_weights="stage0", image_size=64, patch_size=8, dim=128,
-                        encoder_kwargs=dict(depth=3, num_heads=2, class_token=False),
-                        codebook_size=1024, codebook_dim=192),
+                        encoder_kwargs=dict(depth=3, num_heads=2, class_token=False), codebook_size=1024, codebook_dim=192),
     "siglip2_base_256": VQRAEConfig(encoder="vit_base_patch16_siglip_256.v2_webli", dim=768,      # ours, for one 24 GB GPU
                                     encoder_kwargs=dict(act_layer="gelu_tanh")),  # as it was trained; timm's default is the exact GELU
     "siglip2_256": VQRAEConfig(),                                                 # from here the paper's three, Table 7
@@ -112,57 +85,41 @@ MODELS = {
 
 # ---- Encoder --------------------------------------------------------------------------------------------------------
 def create_vit(config, **changes):
-    """The config's timm ViT without head or pooling, randomly initialised. A pooling head would hold weights that never
-    get a gradient, which DDP refuses."""
+    """The config's timm ViT, weights random, without head or pooling: a pooling head's would never get a gradient, which DDP refuses."""
     kwargs = dict(img_size=config.image_size, patch_size=config.patch_size, embed_dim=config.dim)
     with explained(f"timm cannot build {config.encoder} with {config.encoder_kwargs}, dim {config.dim}"):
         return timm.create_model(config.encoder, num_classes=0, global_pool="", **{**kwargs, **config.encoder_kwargs, **changes})
 
 class Encoder(nn.Module):
-    """The vision foundation model E (section 3.2): images (B, 3, h, w) in [0, 1] -> Z_I (B, N, d).
-
-    Z_I is what an MLLM reads: the last block's output *before* a final norm (transformers' hidden_states[-1], LLaVA's
-    layer -1; SigLIP has a norm after it, InternViT none). Weights start random; `load_encoder_weights` fills them.
-    """
+    """The vision foundation model E (section 3.2): images (B, 3, h, w) in [0, 1] -> Z_I (B, N, d), which an MLLM reads: the last block's
+    output *before* a final norm (transformers' hidden_states[-1], LLaVA's layer -1; SigLIP has a norm after it, InternViT none)."""
     def __init__(self, config):
         super().__init__()
-        self.vit = create_vit(config)
-        self.vit.norm = nn.Identity()
+        self.vit = create_vit(config, final_norm=False)
         for name in ("mean", "std"):                                          # the VFM's own normalisation
-            value = torch.tensor(self.vit.pretrained_cfg[name]).view(1, 3, 1, 1)
-            self.register_buffer(name, value, persistent=False)
+            self.register_buffer(name, torch.tensor(self.vit.pretrained_cfg[name]).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images):                                                # (B, 3, h, w) in [0, 1]
-        x = self.vit.forward_features((images - self.mean) / self.std)        # (B, prefix + N, d)
-        return x[:, self.vit.num_prefix_tokens:]                              # (B, N, d), class token dropped
+        return self.vit.forward_features((images - self.mean) / self.std)[:, self.vit.num_prefix_tokens:]     # (B, N, d), class token dropped
 
 def to_timm_keys(state):
     """A ViT's state dict with timm's or transformers' key names (SiglipVisionModel, InternVLVisionModel, alone or as an
     MLLM's vision_tower) -> timm's names. transformers keeps q, k and v apart; timm stacks them."""
     for prefix in ("model.vision_tower.", "vision_tower.", "vision_model."):  # in this order: they nest
-        if any(key.startswith(prefix) for key in state):
-            state = {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)}
-    if "patch_embed.proj.weight" in state:
-        return state
-    out = {}
-    for key, value in state.items():
-        key = timm_key(key)
-        out[key] = value[None] if key == "pos_embed" and value.ndim == 2 else value
+        state = {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)} or state
+    out = {timm_key(key): value[None] if key.endswith("position_embedding.weight") else value for key, value in state.items()}
     for key in [key for key in out if ".q_proj." in key]:
-        parts = [out.pop(key.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
-        out[key.replace("q_proj", "qkv")] = torch.cat(parts)
+        out[key.replace("q_proj", "qkv")] = torch.cat([out.pop(key.replace("q_proj", f"{letter}_proj")) for letter in "qkv"])
     return out
 
 def timm_key(key):
-    """A weight's name in transformers' vision towers -> in timm's ViT; q_proj, k_proj and v_proj stay apart."""
-    renames = (("embeddings.patch_embeddings.projection", "patch_embed.proj"), ("embeddings.patch_embedding", "patch_embed.proj"),
-               ("embeddings.cls_token", "cls_token"), ("embeddings.position_embeddings", "pos_embed"),
-               ("embeddings.position_embedding.weight", "pos_embed"), ("encoder.layers.", "blocks."), ("encoder.layer.", "blocks."),
-               ("lambda_1", "ls1.gamma"), ("lambda_2", "ls2.gamma"), ("post_layernorm", "norm"), ("layernorm_before", "norm1"),
-               ("layernorm_after", "norm2"), ("layer_norm1", "norm1"), ("layer_norm2", "norm2"), ("self_attn.out_proj", "attn.proj"),
-               ("attention.projection_layer", "attn.proj"), ("self_attn.", "attn."), ("attention.", "attn."))
-    for old, new in renames:
-        key = key.replace(old, new)
+    """A weight's name in transformers' vision towers -> in timm's ViT, whose own names stay; q_proj, k_proj and v_proj stay apart."""
+    renames = ((r"embeddings\.patch_embedding(s\.projection)?", "patch_embed.proj"), (r"embeddings\.position_embedding(s|\.weight)", "pos_embed"),
+               (r"embeddings\.cls_token", "cls_token"), (r"encoder\.layers?\.", "blocks."), (r"lambda_([12])", r"ls\1.gamma"),
+               ("layernorm_before", "norm1"), ("layernorm_after", "norm2"), ("post_layernorm|layer_norm", "norm"),
+               (r"(self_attn|attention)\.", "attn."), (r"attn\.(out_proj|projection_layer)", "attn.proj"))
+    for pattern, name in renames:
+        key = re.sub(pattern, name, key)
     return key
 
 def swap_encoder(mllm, encoder):
@@ -170,25 +127,22 @@ def swap_encoder(mllm, encoder):
     section 3.4, no training. A final norm or a pooling head, which come after Z_I, stay. README, "Into a published MLLM"."""
     if mllm.config.vision_feature_layer != -1:
         raise UserError(f"the MLLM reads layer {mllm.config.vision_feature_layer} of its vision tower, and Z_I, which was distilled, is layer -1")
-    ours, tower, used, state = encoder.vit.state_dict(), mllm.model.vision_tower, set(), {}
+    ours, tower, state = encoder.vit.state_dict(), mllm.model.vision_tower, {}
+    for key in [key for key in ours if ".qkv." in key]:
+        ours |= zip([key.replace("qkv", f"{letter}_proj") for letter in "qkv"], ours.pop(key).chunk(3))
     for key, old in tower.state_dict().items():
         name = timm_key(key.removeprefix("vision_model."))
-        letter = re.search(r"\.([qkv])_proj\.", name)
-        source = name.replace(letter[0], ".qkv.") if letter else name
-        used.add(source)
-        new = old if name.startswith(("norm.", "layernorm.", "head.")) else ours.get(source, old[:0])
-        new = new.chunk(3)["qkv".index(letter[1])] if letter and len(new) else new
+        new = old if name.startswith(("norm.", "layernorm.", "head.")) else ours.pop(name, old[:0])
         if new.numel() != old.numel():
             raise UserError(f"the MLLM's vision tower is another ViT than the encoder: {key} is {tuple(old.shape)} there and {tuple(new.shape)} here")
         state[key] = new.reshape(old.shape)
-    if missing := ours.keys() - used: raise UserError(f"the MLLM's vision tower is another ViT than the encoder: it lacks {', '.join(sorted(missing)[:3])}")
+    if ours: raise UserError(f"the MLLM's vision tower is another ViT than the encoder: it lacks {', '.join(sorted(ours)[:3])}")
     tower.load_state_dict(state)
     return mllm
 
 def hub_file(repo, name, remedy="pass --encoder_weights FILE"):
-    """A file of a hub repository: from the cache, else downloaded. Says within seconds when there is no network, where
-    the hub's own retries would take a minute."""
-    with contextlib.suppress(LocalEntryNotFoundError):
+    """A file of a hub repository: from the cache, else downloaded. No network: fails in seconds, where the hub's retries take a minute."""
+    with contextlib.suppress(FileNotFoundError):                              # not in the cache
         return hf_hub_download(repo, name, local_files_only=True)
     url = f"{constants.ENDPOINT}/{repo}/resolve/main/{name}"
     with explained(f"cannot reach {url}: fetch it where there is a network, then {remedy}", OSError):
@@ -198,21 +152,18 @@ def hub_file(repo, name, remedy="pass --encoder_weights FILE"):
 def load_encoder_weights(encoder, source):
     """Fill `encoder` from `source`: "hub", "random" (left as it is), or a file. Every key must fit: a silent partial load
     leaves a ViT that looks fine and is not. Only the pooling head and the norm past the tap are dropped."""
-    if source == "random":
-        return
-    path, repo = source, encoder.vit.pretrained_cfg.get("hf_hub_id")
-    if source == "hub" and repo:
-        path = hub_file(repo, "model.safetensors")
+    if source == "random": return
+    vit, repo = encoder.vit, encoder.vit.pretrained_cfg.get("hf_hub_id")
+    path = hub_file(repo, "model.safetensors") if source == "hub" and repo else source
     if not Path(path).is_file():
         raise UserError(f"no file {path}: --encoder_weights takes hub (where timm has the weights there), random, or a .safetensors or .pt file")
-    with explained(f"{path} is damaged", SafetensorError):
+    with explained(f"{path} cannot be read"):
         state = load_file(path) if str(path).endswith(".safetensors") else load_checkpoint(path)
     state = {key: value for key, value in to_timm_keys(state.get("encoder", state)).items()
              if not key.startswith(("attn_pool.", "head.", "norm.", "fc_norm."))}
-    vit = encoder.vit
     if "pos_embed" in state and state["pos_embed"].shape != vit.pos_embed.shape:      # another image size
         prefix = vit.num_prefix_tokens if state["pos_embed"].shape[1] != math.isqrt(state["pos_embed"].shape[1]) ** 2 else 0
-        state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], vit.patch_embed.grid_size, num_prefix_tokens=prefix)
+        state["pos_embed"] = timm.layers.resample_abs_pos_embed(state["pos_embed"], vit.patch_embed.grid_size, num_prefix_tokens=prefix)
     with explained(f"{path} does not fit the encoder {vit.pretrained_cfg['architecture']}"):
         vit.load_state_dict(state, strict=True)
 
@@ -227,30 +178,23 @@ def no_autocast(x):
 @torch.no_grad()
 def nearest(z, codes, max_elements=1 << 23):
     """Index of the nearest row (l2) of codes (k, e) for each of z (M, e) -> (M,). |z - c|^2 = |z|^2 - 2 z.c + |c|^2, whose
-    first term the argmin does not see. In slices of rows, so that the M x k distances never exist at once."""
+    first term the argmin does not see. In slices of rows: of the M x k distances at most 32 MB in float32 exist at once."""
     half = codes.square().sum(1) / 2                                          # (k,)
-    rows = z.split(max(1, max_elements // len(codes)))                        # at most 32 MB of float32 distances
-    return torch.cat([torch.addmm(half, row, codes.T, alpha=-1).argmin(1) for row in rows])
+    return torch.cat([torch.addmm(half, rows, codes.T, alpha=-1).argmin(1) for rows in z.split(max(1, max_elements // len(codes)))])
 
 class SimVQ(nn.Module):
-    """SimVQ (Zhu et al. 2024), eq. 1: the codes are C W with C frozen and only W learned, so that one used code moves all of
-    them and none is left behind to die.
-
-    forward(z (B, N, e)) -> z_q (B, N, e), indices (B, N) int64, loss (scalar, eq. 3). z_q has exactly the codes' values,
-    and hands its gradient straight to z.
-    """
+    """SimVQ (Zhu et al. 2024), eq. 1: the codes are C W with C frozen and only W learned, so that one used code moves all of them and none
+    is left behind to die. forward's z_q has exactly the codes' values, and hands its gradient straight to z."""
     def __init__(self, codebook_size, codebook_dim, beta=0.25):
         super().__init__()
         self.beta = beta
         self.register_buffer("codebook", torch.randn(codebook_size, codebook_dim) / codebook_dim ** 0.5)   # C (k, e)
         self.proj = nn.Linear(codebook_dim, codebook_dim, bias=False)         # W; a bias would repeat to_code's
 
-    def forward(self, z):                                                     # (B, N, e)
+    def forward(self, z):                 # (B, N, e) -> z_q (B, N, e), indices (B, N) int64, loss (scalar, eq. 3)
         with no_autocast(z):                                                  # distances in float32, whatever the rest is in
             z = full(z)
-            with torch.no_grad():
-                codes = self.proj(self.codebook)                              # (k, e)
-                indices = nearest(z.flatten(0, 1), codes).view(z.shape[:-1])  # (B, N)
+            indices = nearest(z.flatten(0, 1), self.proj(self.codebook)).view(z.shape[:-1])   # (B, N); takes no gradient
             z_q = self.lookup(indices)                                        # (B, N, e): the chosen rows again, now for W's gradient
             loss = F.mse_loss(z_q, z.detach()) + self.beta * F.mse_loss(z, z_q.detach())
         return z_q.detach() + (z - z.detach()), indices, loss     # z + (z_q - z).detach() would round: 0.016 off in bf16
@@ -316,9 +260,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
     def forward(self, images):                                                # X (B, 3, h, w)
         Z_I = self.encode(images)                                             # (B, N, d)
         z = self.to_code(Z_I)                                                 # Z_c (B, N, e)
-        indices, vq_loss = None, z.new_zeros(())
-        if self.quantizer is not None:
-            z, indices, vq_loss = self.quantizer(z)                           # Z_q (B, N, e)
+        z, indices, vq_loss = self.quantizer(z) if self.quantizer is not None else (z, None, z.new_zeros(()))        # Z_q (B, N, e)
         return Output(self.decoder(self.from_code(z)), Z_I, indices, vq_loss)
 
     @torch.no_grad()
@@ -330,14 +272,12 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         x, y = norm(Z_I), pixels.flatten(1)                                   # (M, d), (M, 3 p p)
         mean = x.mean(0)
         x = x - mean
-        ridge = 1e-3 * len(x) * torch.eye(x.shape[1], device=x.device)
-        A = torch.linalg.solve(x.T @ x + ridge, x.T @ (y - y.mean(0)))        # (d, 3 p p)
+        A = torch.linalg.solve(x.T @ x + 1e-3 * len(x) * torch.eye(x.shape[1], device=x.device), x.T @ (y - y.mean(0)))       # (d, 3 p p)
         y_hat = x @ A                                                         # (M, 3 p p)
         axes = torch.linalg.eigh(y_hat.T @ y_hat).eigenvectors.flip(1)        # (3 p p, 3 p p), the largest first
         A = (A @ axes / y_hat.std())[:, :len(linear.weight)]                  # (d, n), n = min(e, 3 p p)
-        n = A.shape[1]
-        linear.weight.mul_(0.1)[:n] = A.T                                     # dimensions beyond n stay small and random
-        linear.bias.zero_()[:n] = -mean @ A
+        linear.weight.mul_(0.1)[:A.shape[1]] = A.T                            # dimensions beyond n stay small and random
+        linear.bias.zero_()[:A.shape[1]] = -mean @ A
         if self.quantizer:
             detail = pixels.var(2).mean(1) + 5e-4                             # (M,) variance within each colour channel; some of flat ones too
             self.quantizer.init_codebook(self.to_code(Z_I[torch.multinomial(detail, 16 * len(self.quantizer.codebook), replacement=True)]))
@@ -358,15 +298,8 @@ def distill_loss(Z_I, teacher_Z_I):
 
 def torchvision_weights(path, url, flag):
     """A torchvision model's state dict: from the file `path`, else from the download's cache, else downloaded."""
-    if path:
-        return load_checkpoint(path)
     with explained(f"cannot download {url}: fetch it where there is a network and pass {flag} FILE, or train with --perceptual vfm", OSError):
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False)
-
-def fill(module, state, flag, prefix=""):
-    """Load the part of `state` under `prefix`, every key of it."""
-    with explained(f"not the weights that {flag} wants"):
-        module.load_state_dict({k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}, strict=True)
+        return load_checkpoint(path) if path else torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False)
 
 def build_lpips(weights=""):
     """LPIPS(VGG16). The lpips package carries its five linear layers; VGG16 is torchvision's, downloaded or a local file."""
@@ -374,56 +307,45 @@ def build_lpips(weights=""):
     import lpips                                                              # here, for it takes seconds
     with warnings.catch_warnings(action="ignore"):                            # lpips calls torchvision the old way
         net = lpips.LPIPS(net="vgg", verbose=False, pnet_rand=True)
-    for part in (net.net.slice1, net.net.slice2, net.net.slice3, net.net.slice4, net.net.slice5):
-        for index, layer in part.named_children():                            # they keep torchvision's numbers
-            fill(layer, state, "--lpips_weights", prefix=f"features.{index}.")
+    with explained("not the weights that --lpips_weights wants"):             # its five slices keep torchvision's numbers
+        net.net.load_state_dict({key: state[re.sub(r"^slice\d", "features", key)] for key in net.net.state_dict()})
     return net
 
 class PerceptualLoss(nn.Module):
-    """L_P of eq. 2. (x, y) images (B, 3, H, W) in [0, 1], the reconstruction not clamped -> scalar.
-
-    "lpips_convnext": LPIPS(VGG16) + 0.1 * MSE of ConvNeXt-Small's ImageNet logits at 224 px: what Table 7's "convnext-s,
-    1.1" means in TA-TiTok, whose code the paper adapts. "lpips": its first half. "vfm": MSE of the frozen VFM's own
-    features (needs no download; tiny's default). All networks are frozen and in eval mode.
-    """
+    """L_P of eq. 2. (x, y) images (B, 3, H, W) in [0, 1], y the reconstruction, not clamped -> scalar. "lpips_convnext": LPIPS(VGG16) + 0.1 * MSE
+    of ConvNeXt-Small's ImageNet logits at 224 px: what Table 7's "convnext-s, 1.1" means in TA-TiTok, whose code the paper adapts. "lpips": its
+    first half. "vfm": MSE of the frozen VFM's own features (needs no download; tiny's default). All networks are frozen and in eval mode."""
     def __init__(self, kind="lpips_convnext", lpips_weights="", convnext_weights="", vfm=None):
         super().__init__()
         self.kind, self.vfm = kind, vfm
-        if "lpips" in kind:
-            self.lpips = build_lpips(lpips_weights)
+        if "lpips" in kind: self.lpips = build_lpips(lpips_weights)
         if kind == "lpips_convnext":
-            state = torchvision_weights(convnext_weights, ConvNeXt_Small_Weights.IMAGENET1K_V1.url, "--convnext_weights")
             self.convnext = convnext_small()
-            fill(self.convnext, state, "--convnext_weights")
+            with explained("not the weights that --convnext_weights wants"):
+                self.convnext.load_state_dict(torchvision_weights(convnext_weights, ConvNeXt_Small_Weights.IMAGENET1K_V1.url, "--convnext_weights"))
             for name, value in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
                 self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1))
         self.requires_grad_(False).eval()
 
-    def logits(self, x):                                                      # (B, 3, H, W) -> (B, 1000)
-        x = F.interpolate(x, size=224, mode="bilinear", antialias=True, align_corners=False)
-        return self.convnext((x - self.mean) / self.std)
-
     def features(self, x):                                                    # (B, 3, H, W) -> list of (B, N, d)
         vit = self.vfm.vit
         blocks = [0, len(vit.blocks) // 2]                                    # shallow layers know edges and colours
-        x = vit.forward_intermediates((x - self.vfm.mean) / self.vfm.std, indices=blocks, intermediates_only=True,
-                                      output_fmt="NLC", stop_early=True)
+        x = vit.forward_intermediates((x - self.vfm.mean) / self.vfm.std, indices=blocks, intermediates_only=True, output_fmt="NLC", stop_early=True)
         return [F.layer_norm(f, f.shape[-1:]) for f in x]
 
     def forward(self, x, y):
         if self.kind == "vfm":
-            with torch.no_grad():
-                target = self.features(x)
-            return sum(F.mse_loss(a, b) for a, b in zip(target, self.features(y))) / len(target)
+            losses = [F.mse_loss(a, b) for a, b in zip(self.features(x), self.features(y))]
+            return sum(losses) / len(losses)
         loss = self.lpips(x * 2 - 1, y * 2 - 1).mean()                        # LPIPS wants [-1, 1]
         if self.kind == "lpips_convnext":
-            loss = loss + 0.1 * F.mse_loss(self.logits(x), self.logits(y))
+            x, y = (F.interpolate(i, size=224, mode="bilinear", antialias=True) for i in (x, y))
+            loss = loss + 0.1 * F.mse_loss(*(self.convnext((i - self.mean) / self.std) for i in (x, y)))          # logits (B, 1000)
         return loss
 
 class Discriminator(nn.Module):
-    """A patch discriminator in TiTok's shape: images (B, 3, H, W) in [0, 1] -> logits (B, 1, 16, 16). PyTorch's default
-    initialisation; `width` 128 is TiTok's, smaller for tiny."""
-    def __init__(self, width=128):
+    """A patch discriminator in TiTok's shape: images (B, 3, H, W) in [0, 1] -> logits (B, 1, 16, 16). PyTorch's initialisation."""
+    def __init__(self, width=128):                                            # TiTok's; smaller for tiny
         super().__init__()
         widths = (width, width, 2 * width, 4 * width)
         self.stem = nn.Conv2d(3, width, 5, padding="same")
@@ -457,10 +379,8 @@ def psnr(x, y):
 
 # ---- Files ----------------------------------------------------------------------------------------------------------
 def save_tokenizer(model, folder, teacher=None):
-    """`folder`/config.json and model.safetensors, complete or not at all. `teacher`: a stage-0 encoder, which no hub has,
-    goes along as teacher.safetensors."""
-    folder = Path(folder)
-    partial = folder.with_name(folder.name + ".partial")
+    """`folder`/config.json and model.safetensors, and teacher.safetensors of a stage-0 `teacher`, which no hub has; complete or not at all."""
+    partial = Path(f"{Path(folder)}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     if teacher is not None:
@@ -470,20 +390,17 @@ def save_tokenizer(model, folder, teacher=None):
 
 def load_tokenizer(folder, device="cpu"):
     """A saved tokenizer, in eval mode. Downloads nothing."""
-    folder = Path(folder)
-    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
-        raise UserError(f"{folder} is not a tokenizer folder (config.json and model.safetensors): "
-                        f"python train_tokenizer.py makes out/tiny/tokenizer")
+    if not all(Path(folder, name).is_file() for name in ("config.json", "model.safetensors")):
+        raise UserError(f"{folder} is not a tokenizer folder (config.json and model.safetensors): python train_tokenizer.py makes out/tiny/tokenizer")
     with explained(f"{folder} cannot be read as a tokenizer"), contextlib.redirect_stdout(io.StringIO()):      # the mixin announces what it does
         return VQRAE.from_pretrained(str(folder), strict=True).to(device).eval()
 
 def load_teacher(folder, config):
     """The frozen VFM that the tokenizer in `folder` began from, from the file beside it or the recorded source."""
-    teacher = Encoder(config)
-    beside = Path(folder) / "teacher.safetensors"
-    if config.encoder_weights in ("random", "stage0") and not beside.is_file():
-        raise UserError(f"{folder} does not carry its teacher, and encoder_weights {config.encoder_weights} cannot be fetched")
-    load_encoder_weights(teacher, str(beside) if beside.is_file() else config.encoder_weights)
+    teacher, beside = Encoder(config), Path(folder) / "teacher.safetensors"
+    source = str(beside) if beside.is_file() else config.encoder_weights
+    if source in ("random", "stage0"): raise UserError(f"{folder} does not carry its teacher, and encoder_weights {source} cannot be fetched")
+    load_encoder_weights(teacher, source)
     return teacher.requires_grad_(False).eval()
 
 def save_checkpoint(path, state):
@@ -506,47 +423,32 @@ def load_checkpoint(path):
 
 # ---- What the scripts share: command line, processes, log -----------------------------------------------------------
 def parse_config(cls, presets, order, model_class=None, models=None, argv=None):
-    """Dataclass fields -> command-line flags -> values, each with its origin.
-
-    cls: the script's dataclass; every field is a flag, its comment the flag's help, a Literal type its choices. presets:
-    {key: {field: value}}; order(values) names the keys that apply, the later one winning. model_class: a second dataclass
-    whose defaults come from models[config]. Precedence: defaults < presets < flags. Returns (config, model config or None,
-    {field: origin})."""
-    classes = [cls] + [model_class] * (model_class is not None)
-    fields = {f.name: f for c in classes for f in dataclasses.fields(c)}
+    """Dataclass fields -> command-line flags -> (config, model config or None, {field: origin of its value}). cls: the script's dataclass; every
+    field is a flag, its comment the flag's help, a Literal type its choices. presets: {key: {field: value}}; order(values) names the keys that apply,
+    the later one winning. model_class: a second dataclass whose defaults come from models[config]. Precedence: defaults < presets < flags."""
+    classes = list(filter(None, (cls, model_class)))
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", "".join(inspect.getsource(c) for c in classes), re.M))
     parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS, prog=Path(sys.argv[0]).name)
     def refuse(message):                                                      # one line instead of a page of usage
         raise UserError(f"{message} (--help lists every flag)")
     parser.error = refuse
-    for f in fields.values():
-        how = dict(type=f.type)
-        if f.type is bool:
-            how = dict(action=argparse.BooleanOptionalAction)
-        elif f.type is list:
-            how = dict(action="append", metavar="TEXT")                       # a flag to repeat
-        elif f.type is dict:
-            how = dict(type=json.loads, metavar="JSON")
-        elif f.type is tuple:
-            parser.add_argument(f.name, nargs="*", help=comments[f.name])
-            continue
-        elif choices := get_args(f.type):
-            how = dict(type=type(choices[0]), choices=choices)
-        parser.add_argument(f"--{f.name}", help=comments[f.name].replace("%", "%%"), **how)
+    kinds = {bool: dict(action=argparse.BooleanOptionalAction), dict: dict(type=json.loads, metavar="JSON"),
+             list: dict(action="append", metavar="TEXT"), tuple: dict(nargs="*")}     # a flag to repeat, and words without a flag
+    for f in (f for c in classes for f in dataclasses.fields(c)):
+        choices = get_args(f.type) or None
+        how = kinds.get(f.type, dict(type=type(choices[0]) if choices else f.type, choices=choices))
+        parser.add_argument(f.name if f.type is tuple else f"--{f.name}", help=comments[f.name].replace("%", "%%"), **how)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value != []}
-
     default = {f.name: f.default for f in dataclasses.fields(cls)}
-    values, origin = dict(default), dict.fromkeys(default, "default")
-    if models:
-        values |= dataclasses.asdict(models[given.get("config", default["config"])])
-        origin |= dict.fromkeys(values.keys() - default.keys(), "model")
-    for key in order(default | given):
-        values |= presets.get(key, {})
-        origin |= dict.fromkeys(presets.get(key, {}), key)
-    values |= given
-    origin |= dict.fromkeys(given, "flag")
-    made = [c(**{f.name: values[f.name] for f in dataclasses.fields(c)}) for c in classes]
-    return made[0], (made[1] if model_class else None), origin
+    layers = [("default", default), ("model", dataclasses.asdict(models[given.get("config", default["config"])]) if models else {}),
+              *((key, presets.get(key, {})) for key in order(default | given)), ("flag", given)]
+    values = {name: value for _, layer in layers for name, value in layer.items()}
+    origin = {name: source for source, layer in layers for name in layer}
+    make = lambda c: c(**{f.name: values[f.name] for f in dataclasses.fields(c)})
+    return make(cls), model_class and make(model_class), origin
+
+def report(rows):                                                             # {what: value}, the table at a run's end; zeros are left out
+    print("\n" + "\n".join(f"  {what:24}{value}" for what, value in rows.items() if value))
 
 def print_config(origin, *configs):
     for name, value in (item for config in configs for item in vars(config).items()):
@@ -558,15 +460,12 @@ class Ranks:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.first, self.stop_asked = self.rank == 0, False
         device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-        if device == "cuda":
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        if device == "cuda": device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         with explained(f"--device {device} cannot be used here"):
-            self.device = torch.device(device)
-            torch.empty(1, device=self.device)
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        if "RANK" in os.environ and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))   # rank 0 validates and saves alone
+            self.device = torch.empty(1, device=device).device
+        if self.device.type == "cuda": torch.cuda.set_device(self.device)
+        if "RANK" in os.environ and not dist.is_initialized():                # hours: rank 0 validates and saves alone
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))
 
     def catch_stop(self):
         """From now on SIGTERM and Ctrl-C ask for a stop between two steps; a second one stops at once."""
@@ -577,35 +476,27 @@ class Ranks:
         signal.signal(signal.SIGINT, ask)
 
     def say(self, *text):
-        if self.first:
-            print(*text, flush=True)
+        if self.first: print(*text, flush=True)
 
-    def sum(self, tensor):
-        """Sum over ranks; no gradient."""
-        if self.size == 1:
-            return tensor
+    def sum(self, tensor):                                                    # over ranks; no gradient
+        if self.size == 1: return tensor
         total = tensor.to(self.device, copy=True)                             # nccl knows no CPU tensors
         dist.all_reduce(total)
         return total.to(tensor.device)
 
-    def mean_with_grad(self, tensor):
-        """Mean over ranks that gradients pass through."""
+    def mean_with_grad(self, tensor):                                         # over ranks; gradients pass through
         return dist_nn.all_reduce(tensor) / self.size if self.size > 1 else tensor
 
     def stopping(self):
         """Was a stop asked of any rank? All of them agree, so that all save the same step."""
-        return self.stop_asked if self.size == 1 else bool(self.sum(torch.tensor(float(self.stop_asked))))
+        return bool(self.sum(torch.tensor(float(self.stop_asked))))
 
     def wait(self):
-        if self.size > 1:
-            dist.barrier()
+        if self.size > 1: dist.barrier()
 
     def run(self, network):
-        """`network` with its gradients averaged over the ranks."""
-        if self.size == 1:
-            return network
-        return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True,      # the codebook is large and never changes
-                                                   device_ids=[self.device] if self.device.type == "cuda" else None)
+        """`network` with its gradients averaged over the ranks. No buffer is broadcast: the codebook is large and never changes."""
+        return network if self.size == 1 else nn.parallel.DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 class Log:
     """log_*.jsonl: one object a line. A resumed run cuts what a killed one wrote past its last checkpoint."""
@@ -617,12 +508,39 @@ class Log:
     def __call__(self, **values):
         print(json.dumps(values), file=self.file)
 
+def bench(config, ranks, network):
+    """--bench N: how fast is a step? A generator to ask as each step begins: False, until N of them have been timed; then it prints
+    what they took. The first is counted, uncompiled, by torch's FlopCounterMode; two more warm up."""
+    cuda, table = ranks.device.type == "cuda", config.profile and torch.profiler.profile()
+    if table:
+        for name, part in network.named_children():                           # forward passes under their parts' names
+            part.forward = torch.profiler.record_function(f"{name}.forward")(part.forward)
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        yield False
+    yield from [False, False]                                                 # the warm-up
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    with table or contextlib.nullcontext():
+        start = time.time()
+        yield from [False] * config.bench
+        if cuda: torch.cuda.synchronize()
+        seconds = (time.time() - start) / config.bench
+    if table: ranks.say(table.key_averages().table(sort_by=f"self_{ranks.device.type}_time_total", row_limit=20))
+    flops, chip = counter.get_total_flops(), torch.cuda.get_device_name() if cuda else ranks.device.type
+    peaks = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12}      # FLOP a second, dense, by NVIDIA's data sheets
+    share = next((f" ({flops / seconds / peak:.1%} of its bf16 peak)" for name, peak in peaks.items() if name in chip), "")
+    memory = f", at most {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if cuda else ""
+    ranks.say(f"{config.batch_size / seconds:.1f} images/s, {seconds * 1e3:.1f} ms a step of {config.batch_size}; a rank: "
+              f"{flops / 1e12:.3g} TFLOP a step in matrix products, convolutions and attention on {chip}{share}{memory}")
+    yield True
+
 def open_run(path, config):
     """The checkpoint to go on from, or None to start; refuses to start over a finished or unfinished run by accident."""
-    if config.resume:
+    if config.resume and not config.bench:
         if not path.exists(): raise UserError(f"nothing to resume: {path} is not there; leave --resume out to start")
         return load_checkpoint(path)
-    if path.exists() and not config.overwrite:
+    if path.exists() and not (config.overwrite or config.bench):
         raise UserError(f"{path} exists: --resume goes on from it, --overwrite starts over, --out_dir puts the new run elsewhere")
 
 def split_batch(config, ranks):
@@ -633,13 +551,11 @@ def split_batch(config, ranks):
         raise UserError(f"--batch_size {config.batch_size} must be a multiple of ranks ({ranks.size}) times --micro_batch ({micro})")
     return local, micro, local // micro
 
-def resume_command():
-    """The command that goes on where this one stopped."""
+def resume_command():                                                         # goes on where this one stopped
     launch = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"] if "RANK" in os.environ else ["python"]
     return shlex.join([*launch, *[word for word in sys.argv if word not in ("--overwrite", "--resume")], "--resume"])
 
-def check_finite(losses, step):
-    """{name: value}: stop at the first that is NaN or infinite, by name."""
+def check_finite(losses, step):                                               # {name: value}; the first NaN or infinite one is named
     for name, value in losses.items():
         if not math.isfinite(value):
             raise UserError(f"{name} is {value} at step {step}: stopped, the last checkpoint is whole. "
@@ -649,16 +565,14 @@ def command_line(main):
     """Run a script's main(). A user's mistake ends as one line and exit status 1, under torchrun as one line in all."""
     try:
         main()
+        if dist.is_initialized(): dist.destroy_process_group()
+        return
     except (UserError, OSError) as error:
         text = f"error: {error}"
     except torch.OutOfMemoryError as error:
         text = f"error: out of GPU memory, try a smaller --micro_batch or --batch_size: {str(error).splitlines()[0][:90]}"
     except KeyboardInterrupt:
         text = "interrupted: what was written before is whole"
-    else:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        return
     if os.environ.get("RANK", "0") != "0":                # rank 0 most often has the same to say: let it, and be ended by torchrun
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
