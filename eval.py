@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 from sample import answer, generate
 from train_ar import load_generator, load_mllm
-from train_tokenizer import (ATLAS, EXTENT, HELD_OUT, PALETTE, SHAPES, SIDE, TASKS, VALIDATION, WINDOW, Images, Scene, batches, captions, masks, plan,
-                             questions, render, resize)
-from vqrae import Ranks, SimVQ, UserError, build_lpips, command_line, explained, load_teacher, load_tokenizer, nearest, parse_config, psnr
+from train_tokenizer import (ATLAS, EXTENT, HELD_OUT, PALETTE, SHAPES, SIDE, TASKS, VALIDATION, WINDOW, Images, Scene, batches, captions,
+                             masks, plan, questions, render, resize)
+from vqrae import (Ranks, SimVQ, UserError, build_lpips, check_least, command_line, explained, load_teacher, load_tokenizer, nearest,
+                   parse_config, psnr)
 
 @dataclass
 class EvalConfig:
@@ -47,8 +48,7 @@ class EvalConfig:
 
     def __post_init__(self):
         self.num_images = self.num_images or (512 if self.generation or self.vqa else 2048)
-        if self.num_images < (24 if self.generation else 2) or self.batch_size < 1 or self.size < 0:
-            raise UserError("--num_images is at least 2 (24 with --generation), --batch_size at least 1, --size not negative")
+        check_least(self, num_images=24 if self.generation else 2, batch_size=1, size=0)
 
 # ---- Reconstruction -------------------------------------------------------------------------------------------------
 def ssim(x, y, data_range=1.0):
@@ -103,8 +103,7 @@ def reconstruction(model, nets, dataset, positions, config, ranks):
         result = model(resize(original, native))
         x, y = ((resize(i, size) * 255).round() / 255 for i in (original, result.reconstruction.clamp(0, 1)))     # as a picture file holds it
         sums.update(num_images=len(x), psnr=psnr(x, y).sum().item(), ssim=ssim(x, y).sum().item(), ssim_dr2=ssim(x, y, 2.0).sum().item())
-        if "lpips" in nets:
-            sums["lpips"] += nets["lpips"](x * 2 - 1, y * 2 - 1).sum().item()
+        if "lpips" in nets: sums["lpips"] += nets["lpips"](x * 2 - 1, y * 2 - 1).sum().item()
         if "teacher" in nets:
             T_X = nets["teacher"](resize(original, native))
             sums["cosine_to_teacher"] += F.cosine_similarity(result.Z_I, T_X, dim=-1).mean(1).sum().item()
@@ -113,8 +112,7 @@ def reconstruction(model, nets, dataset, positions, config, ranks):
         if "rfid" in nets:
             for side, images in enumerate((x, y)):
                 frechet["rfid"].add(side, nets["rfid"]((images * 255).round().to(torch.uint8))[0])
-        if result.indices is not None:
-            counts += torch.bincount(result.indices.flatten().cpu(), minlength=len(counts))
+        if result.indices is not None: counts += torch.bincount(result.indices.flatten().cpu(), minlength=len(counts))
         if dataset is None:
             scene = batch["scene"]
             unseen = scene.present & HELD_OUT[scene.shape, scene.color]
@@ -130,7 +128,8 @@ def reconstruction(model, nets, dataset, positions, config, ranks):
     small = [name for name in frechet if n < (2048 if name == "rfid" else 2 * model.config.dim)]
     out["reasons"] = dict(few_images=f"{n} images are too few for a steady {' and '.join(small)}") if small else {}
     out["protocol"] = (f"{config.data}: {n} images, shorter edge to {dataset.size if dataset else native} px (bicubic, antialiased), centre crop; "
-                       f"reconstructed at {native} px, scored at {size} px, clamped and rounded to 8 bits; PSNR per image, then mean; reference set: the same images")
+                       f"reconstructed at {native} px, scored at {size} px, clamped and rounded to 8 bits; PSNR per image, then mean; "
+                       f"reference set: the same images")
     return out, counts
 
 def codebook(counts):
@@ -167,7 +166,9 @@ def semantics(model, teacher, dataset, total, config, device):
     """kNN and probe accuracy of teacher, features Z_I and tokens Z_q. Even images to fit, odd ones to test. On shapes: one-object
     pictures, their 48 shape-colour pairs as classes."""
     rows, labels, small = {}, [], []
-    for batch in single_objects(total) if dataset is None else batches(dataset, model.config.image_size, range(total), config.batch_size):
+    scenes = (plan(part + 2 * VALIDATION, task=0) for part in torch.arange(total).split(config.batch_size))
+    singles = (dict(image=render(s), label=(s.shape[:, 0] * 8 + s.color[:, 0]).tolist()) for s in scenes)
+    for batch in singles if dataset is None else batches(dataset, model.config.image_size, range(total), config.batch_size):
         images = resize(batch["image"].to(device), model.config.image_size)
         result = model(images)
         found = dict(features=result.Z_I, teacher=teacher and teacher(images), tokens=model.quantizer and model.quantizer.lookup(result.indices))
@@ -175,7 +176,7 @@ def semantics(model, teacher, dataset, total, config, device):
             if z is not None:
                 rows.setdefault(name, []).append(z.mean(1).float().cpu())     # (B, N, d) -> (B, d)
         labels += batch["label"]
-        small += [resize(images, 64).cpu()] * (len(small) * len(images) < 4096)
+        small += [resize(images, 64).cpu()] * (len(labels) <= 4096 + len(images))
     rows = {name: torch.cat(z) for name, z in rows.items()}                   # (total, d)
     if model.quantizer and len(labels) >= 8:                                  # one image a cluster at least
         draw_clusters((rows["features"], rows["tokens"]), torch.cat(small), Path(config.out_dir) / "clusters.png")
@@ -202,11 +203,6 @@ def draw_clusters(rows, images, path, k=8, across=8):
             sides.append(make_grid(shown, nrow=across, pad_value=1))
     save_image(torch.cat(sides, 2), path)
 
-def single_objects(total, batch=64):
-    for at in range(0, total, batch):
-        scene = plan(torch.arange(at, min(at + batch, total)) + 2 * VALIDATION, task=0)
-        yield dict(image=render(scene), label=(scene.shape[:, 0] * 8 + scene.color[:, 0]).tolist())
-
 # ---- The checker: what objects are in a picture of the shapes world? Analysis by synthesis: cut out what has a colour, and see
 # which shape, drawn there in that size, comes nearest. No learned model.
 def find_objects(images, least_area=25):
@@ -221,13 +217,11 @@ def find_objects(images, least_area=25):
     number = number[(number % (size + 1) > 0) & (area >= least_area)]         # (M,)
     picture = number // (size + 1)
     own = (label[picture] == (number % (size + 1)).view(-1, 1, 1, 1)).float()  # (M, 1, H, W)
-
     strength = (delta[picture] * own).norm(dim=1, keepdim=True) ** 3          # its colour: where it is strongest
     mean = lambda x: (x * strength).sum((2, 3)) / strength.sum((2, 3))        # (M, 3, H, W) -> (M, 3)
     rgb, contrast = mean(images[picture]), mean(delta[picture])
     gain = ((rgb[:, None] * PALETTE).sum(-1, keepdim=True) / PALETTE.square().sum(-1, keepdim=True)).clamp(0.9, 1.1)
     color = (rgb[:, None] - PALETTE * gain).norm(dim=-1).argmin(1)            # (M,)
-
     cover = (delta[picture] * contrast[:, :, None, None]).sum(1) / contrast.square().sum(1)[:, None, None]
     cover = cover.clamp(0, 1) * F.max_pool2d(own, 3, 1, 1)[:, 0]              # (M, H, W) in [0, 1], its soft edge included
     mass, at = cover.sum((1, 2)), torch.arange(SIDE) + 0.5
@@ -295,8 +289,8 @@ def generation(config, ranks):
         out[name] = scores | dict(overall=sum(scores.values()) / 6, held_out_pairs=right[novel].mean().item() if novel.any() else None)
     shown = drawn[:min(60, len(drawn) // 6 * 6)].unflatten(0, (-1, 6)).transpose(0, 1)                    # (6, n, 3, 64, 64): a row a task
     save_image(make_grid(shown.flatten(0, 1), nrow=shown.shape[1]), Path(config.out_dir) / "geneval.png")
-    protocol = (f"{len(number)} validation prompts, a sixth each; guidance {config.guidance}, temperature {config.temperature}, all codes; {int(novel.sum())} prompts "
-                f"name a colour-shape pair that training never showed, and are scored apart; pictures in {config.out_dir}/geneval.png, a row a task")
+    protocol = (f"{len(number)} validation prompts, a sixth each; guidance {config.guidance}, temperature {config.temperature}; {int(novel.sum())} "
+                f"name a pair of shape and colour never trained on, and are scored apart; pictures in {config.out_dir}/geneval.png, a row a task")
     return out | dict(geneval_protocol=protocol)
 
 # ---- Understanding: the shapes world's questions, asked of an MLLM that reads the teacher's features or, untrained, another encoder's
@@ -313,8 +307,7 @@ def vqa(folder, config, ranks):
         result = model(images)
         psnrs.append(psnr(images, resize(result.reconstruction, model.config.image_size)))
         features = dict(teacher=teacher(images), features=result.Z_I)
-        if result.indices is not None:
-            features["tokens"] = model.from_code(model.quantizer.lookup(result.indices))
+        if result.indices is not None: features["tokens"] = model.from_code(model.quantizer.lookup(result.indices))
         asked = [(i, question, *known) for i, them in enumerate(questions(part, scene)) for question, known in them.items()]
         which, texts, kinds, truths = zip(*asked)
         said = {name: answer(mllm, text_tokenizer, z[list(which)], texts, 4) for name, z in features.items()}
@@ -342,7 +335,7 @@ def evaluate(folder, config, ranks):
         dataset, first = Images(config.data, size, train=False, part=None if config.part == "all" else config.part), 0
         dataset.records = dataset.records[::max(1, len(dataset) // total)]
         total = min(total, len(dataset))
-    if total < ranks.size: raise UserError(f"{total} images are fewer than the {ranks.size} ranks: give more, or start fewer ranks")
+    if total < max(2, ranks.size): raise UserError(f"{total} images are too few on {ranks.size} ranks: give at least {max(2, ranks.size)}")
     nets, reasons = {}, {}
     for name, build, *source in (("teacher", load_teacher, folder, model.config), ("lpips", build_lpips, config.lpips_weights),
                                  ("rfid", inception, config.inception_weights)):
@@ -353,8 +346,7 @@ def evaluate(folder, config, ranks):
     metrics, counts = reconstruction(model, nets, dataset, range(first + ranks.rank, first + total, ranks.size), config, ranks)
     keys = "psnr ssim ssim_dr2 lpips rfid fd_vfm codebook_usage codebook_perplexity token_entropy_bits cosine_to_teacher"
     result = dict.fromkeys(keys.split()) | metrics
-    if model.quantizer:
-        result |= codebook(counts)
+    if model.quantizer: result |= codebook(counts)
     if ranks.first:
         accuracy, why = semantics(model, nets.get("teacher"), dataset, total, config, ranks.device)
         result |= accuracy
@@ -384,7 +376,8 @@ def table(results):
         for key, value in result.items():
             for part, number in (value if isinstance(value, dict) else {"": value}).items():
                 if isinstance(number, (int, float)) or number is None:
-                    rows.setdefault(f"{key} {part}".strip(), {})[folder] = "-" if number is None else f"{number:.4g}" if number < 100 else f"{number:.0f}"
+                    text = "-" if number is None else f"{number:.4g}" if number < 100 else f"{number:.0f}"
+                    rows.setdefault(f"{key} {part}".strip(), {})[folder] = text
     lines = [["metric", *results], ["---"] * (len(results) + 1)] + [[key, *(row.get(f, "-") for f in results)] for key, row in rows.items()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -392,13 +385,12 @@ def main():
     config, *_ = parse_config(EvalConfig, {}, lambda _: [])
     ranks, out = Ranks(config.device), Path(config.out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    if config.curves:
-        return draw_curves(out)
-    if config.generation and not ranks.first:
-        return
+    if config.curves: return draw_curves(out)
+    if config.generation and not ranks.first: return
     path, before = out / ("vqa.json" if config.vqa else "eval.json"), {}
     with contextlib.suppress(OSError, ValueError):                            # what is there about one tokenizer and its generator stays
-        before = {key: value for key, value in json.loads(path.read_text()).items() if len(config.tokenizers) < 2 and not config.vqa and "/" not in key}
+        if len(config.tokenizers) < 2 and not config.vqa:
+            before = {key: value for key, value in json.loads(path.read_text()).items() if "/" not in key}
     if config.generation:
         result = generation(config, ranks)
         results, notes = {key: result[key] for key in ("geneval", "geneval_ceiling")}, [result["geneval_protocol"]]
@@ -406,7 +398,7 @@ def main():
         folders = config.tokenizers or [f"{config.out_dir}/tokenizer"]
         results = {folder: (vqa if config.vqa else evaluate)(folder, config, ranks) for folder in folders}
         result = results if len(folders) > 1 else results[folders[0]]
-        notes = [note for f in folders for note in (f"{f}: {results[f]['protocol']}", *(f"  {what}: {why}" for what, why in results[f]["reasons"].items()))]
+        notes = [f"{f}: {r['protocol']}" + "".join(f"\n  {what}: {why}" for what, why in r["reasons"].items()) for f, r in results.items()]
     if ranks.first:
         print(table(results), *notes, sep="\n")
         path.write_text(json.dumps(before | result, indent=1))

@@ -14,10 +14,10 @@ rank or the other captions (float32, CPU).
 
 In reading order: configuration, generate, answer, what to draw, main.
 """
-import functools, json, re, time, zlib
+import collections, functools, json, re, time, zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torchvision.utils import save_image
@@ -26,7 +26,7 @@ from transformers import StaticCache
 
 from train_ar import chat, layout, load_generator, load_mllm, pad_left, positions_of, square, visual_logits
 from train_tokenizer import decode, resize
-from vqrae import Ranks, UserError, command_line, explained, full, load_tokenizer, parse_config, print_config
+from vqrae import Ranks, UserError, check_least, command_line, explained, full, load_tokenizer, parse_config, print_config
 
 @dataclass
 class SampleConfig:
@@ -60,13 +60,11 @@ class SampleConfig:
         if sum(map(bool, (self.prompt or self.prompts, self.geneval, self.dpg, self.ask))) != 1 or bool(self.ask) != bool(self.image):
             raise UserError('nothing to do, or too much: give --prompt "a red circle" (repeatable) and --prompts FILE, or --geneval FILE, '
                             'or --dpg DIR, or --image FILE with --ask "how many circles are there?"')
-        if self.batch_size < 1 or self.num_images < 0 or self.resolution < 0:
-            raise UserError("--batch_size is at least 1, --num_images and --resolution at least 0")
-        if self.dpg and self.num_images not in (0, 4):
-            raise UserError("--dpg makes four pictures a prompt, as its scorer's --pic-num 4 wants: leave --num_images out")
+        check_least(self, batch_size=1, num_images=0, resolution=0)
+        if self.dpg and self.num_images not in (0, 4): raise UserError("--dpg makes four pictures a prompt: leave --num_images out")
         check_options(self.guidance, self.temperature, self.top_k, self.top_p)
 
-PRESETS = {"tiny": dict(precision="float32", guidance=2.0, temperature=0.8, top_k=0)}                                                                 # [ours]
+PRESETS = {"tiny": dict(precision="float32", guidance=2.0, temperature=0.8, top_k=0)}       # [ours] measured on shapes
 
 def check_options(guidance, temperature, top_k, top_p):
     if not 0 <= guidance < 100: raise UserError(f"--guidance {guidance} is out of range: from 0 to 100; 1 is no guidance")
@@ -78,8 +76,7 @@ def check_options(guidance, temperature, top_k, top_p):
 def choose(logits, u, temperature, top_k, top_p):
     """Logits (B, k) and one uniform number each (B,) -> codes (B,), by inverting the distribution function: a rounding error
     in the logits then changes a draw as rarely as can be."""
-    if temperature == 0:
-        return logits.argmax(1)
+    if temperature == 0: return logits.argmax(1)
     logits = logits / temperature
     if 0 < top_k < logits.shape[1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
@@ -128,8 +125,7 @@ def generate(lm, text_tokenizer, prompts, seeds, guidance=1.0, temperature=1.0, 
         ids = (codes[-1] + visual["offset"]).repeat(R // B)[:, None]          # (R, 1)
         positions = positions[:, -1:] + 1
         allowed = (seen & (at <= T + n))[:, None, None]                       # (R, 1, 1, length)
-        if bar is not None:
-            bar.update(B)
+        if bar is not None: bar.update(B)
     return torch.stack(codes, 1)                                              # (B, N)
 
 # ---- Z_I -> answers -------------------------------------------------------------------------------------------------
@@ -157,11 +153,7 @@ def converse(config, device):
         print(f"{question} {text}")
 
 # ---- What to draw ---------------------------------------------------------------------------------------------------
-class Job(NamedTuple):
-    prompt: str
-    seeds: list                 # one a picture
-    path: Path                  # the file they go to: one picture, or a grid of four
-    where: str                  # "prompt 3", for messages
+Job = collections.namedtuple("Job", "prompt seeds path where")        # a seed a picture, their one file, where the prompt was given
 
 def read_jobs(config):
     """-> out folder, jobs, and the {path: text} that goes beside the pictures."""
@@ -200,22 +192,13 @@ def check_text(text, where, text_tokenizer, room):
                         f"or train with a larger --max_length")
     if unknown := [text[a:b] for i, (a, b) in zip(ids.input_ids, ids.offset_mapping) if i == text_tokenizer.unk_token_id]:
         known = sorted(word for word in text_tokenizer.get_vocab() if not word.startswith("<"))
-        raise UserError(f"{where}: this model never learned the word {unknown[0]!r}; it knows {len(known)}: {' '.join(known[:60])} ...")
-
-def save_picture(images, path):
-    """(1, 3, H, W), or (4, 3, H, W) as a 2 x 2 grid without gaps; the whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial.png")
-    save_image(images, partial, nrow=2, padding=0)
-    partial.replace(path)
+        raise UserError(f"{where}: this model never learned the word {unknown[0]!r}; the first of the {len(known)} it knows: {' '.join(known[:60])}")
 
 def main():
     config, _, origin = parse_config(SampleConfig, PRESETS, lambda values: [values["config"]])
     ranks = Ranks(config.device)
-    if ranks.first:
-        print_config(origin, config)
-    if config.ask:
-        return converse(config, ranks.device)
+    if ranks.first: print_config(origin, config)
+    if config.ask: return converse(config, ranks.device)
     out, jobs, beside = read_jobs(config)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     lm, text_tokenizer, tokenizer = load_generator(config.out_dir, config.tokenizer, ranks.device, dtype)
@@ -228,7 +211,6 @@ def main():
             path.parent.mkdir(exist_ok=True)
             path.write_text(text, "utf-8")
     ranks.wait()
-
     compiled = config.compile and ranks.device.type == "cuda"
     width = max(len(ids) for ids in text_tokenizer([job.prompt for job in jobs], add_special_tokens=False).input_ids) if compiled else 0
     todo = [job for job in jobs if not ((config.geneval or config.dpg) and job.path.exists())]
@@ -253,7 +235,10 @@ def main():
         for (job, _), image in zip(part, images):
             pending.setdefault(job.path, []).append(image)
             if len(pending[job.path]) == len(job.seeds):
-                save_picture(torch.stack(pending.pop(job.path)), job.path)
+                job.path.parent.mkdir(parents=True, exist_ok=True)
+                partial = job.path.with_name(f".{job.path.stem}.partial.png")             # the whole file or none
+                save_image(pending.pop(job.path), partial, nrow=2, padding=0)             # one picture, or a 2 x 2 grid without gaps
+                partial.replace(job.path)
         shown.extend(images[:64 - len(shown)])
     bar.close()
     if ranks.first and config.dpg:

@@ -45,7 +45,7 @@ from train_tokenizer import (VALIDATION, Images, batches, captions, decode, igno
 from vqrae import (Log, Ranks, UserError, bench, check_finite, check_least, command_line, explained, full, hub_file, load_checkpoint, load_teacher,
                    load_tokenizer, open_run, parse_config, print_config, report, resume_command, save_checkpoint, split_batch)
 
-logging.set_verbosity_error()
+logging.set_verbosity_error()                     # transformers' own
 logging.disable_progress_bar()
 
 # ---- Configuration. Defaults are the paper's generator. Sources: [T9] the paper's Table 9, [LlamaGen], [ours].
@@ -63,7 +63,7 @@ class ARConfig:
     overwrite: bool = False               # start over although there is a checkpoint
     overwrite_cache: bool = False         # compute the codes of --data again although they are cached
     device: str = ""                      # cuda, mps or cpu; "": the first of them that is there
-    bench: int = 0                        # time that many steps on one batch, and stop; nothing is saved
+    bench: int = 0                        # time that many steps on one batch, and stop; no checkpoint is written
     profile: bool = False                 # with --bench: torch.profiler's table of where the time goes
     precision: Literal["bf16", "float32", "float64"] = "bf16"  # [T9] autocast; weights and loss stay float32
     compile: bool = False                 # torch.compile: some minutes first, then faster steps on a GPU
@@ -98,10 +98,9 @@ class ARConfig:
         self.out_dir = self.out_dir or f"out/{self.config}"
         self.tokenizer = self.tokenizer or f"{self.out_dir}/tokenizer"
         if self.resume and self.overwrite: raise UserError("--resume goes on and --overwrite starts over: choose one")
-        if self.bench:
-            self.total_steps = self.eval_every = self.save_every = self.bench + 4
         check_least(self, batch_size=1, total_steps=1, log_every=1, eval_every=1, save_every=1, val_images=1, lr=1e-12, end_lr=0, micro_batch=0,
                     num_workers=0, warmup_steps=0, bench=0)
+        if self.bench: self.total_steps = self.eval_every = self.save_every = self.bench + 4
         if not 0 <= self.caption_drop <= 1: raise UserError(f"--caption_drop is a share between 0 and 1, not {self.caption_drop}")
         if self.phase and self.task == "generate": raise UserError(f"--phase {self.phase} is of --task understand")
 
@@ -125,6 +124,7 @@ def preset_order(values):
 # offset and codes (the ids offset ... offset + codes - 1 are pictures), tokens (N), boi, eoi, max_length, and which tokenizer.
 BOI, EOI = "<|vision_start|>", "<|vision_end|>"   # Qwen3's own names; other text tokenizers are given them
 PAD, UNKNOWN, END = "<pad>", "<unk>", "</s>"
+IMAGE = -1                                        # stands for one feature of Z_I among the ids
 
 def identity(folder):
     """What tells one trained tokenizer from another: a hash of its weights."""
@@ -140,6 +140,7 @@ def word_tokenizer(texts):
 
 def build_lm(config, texts):
     """The language model as it was before pictures, in float32, and its text tokenizer."""
+    torch.manual_seed(config.seed)
     if config.lm == "random":
         text_tokenizer = word_tokenizer(texts)
         strange = set(config.lm_config or {"nothing": 0}) - set(Qwen3Config().to_dict())      # it would take any name in silence
@@ -177,8 +178,8 @@ def to_the_right(rows, width=0):
 def layout(text_tokenizer, visual, texts, codes=None, width=0):
     """B captions and their codes (B, N) -> ids and mask (B, T + N + 2), as drawn at the top of this file; without codes (B, T + 1): a prompt,
     that ends with BOI. T is the longest caption's length, or `width` if that is more. Captions beyond max_length are cut."""
-    room = visual["max_length"] - visual["tokens"] - 2
-    rows = [ids[:room] + [visual["boi"]] for ids in text_tokenizer(texts, add_special_tokens=False).input_ids]
+    encoded = text_tokenizer(texts, add_special_tokens=False).input_ids
+    rows = [ids[:visual["max_length"] - visual["tokens"] - 2] + [visual["boi"]] for ids in encoded]
     ids, mask = to_the_right(rows, width + 1), to_the_right([[1] * len(row) for row in rows], width + 1)
     if codes is not None:
         ids = F.pad(torch.cat([ids, codes.cpu() + visual["offset"]], 1), (0, 1), value=visual["eoi"])
@@ -214,7 +215,7 @@ def load_generator(out_dir, tokenizer_folder="", device="cpu", dtype=torch.float
         lm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
         text_tokenizer, made_for = AutoTokenizer.from_pretrained(folder, local_files_only=True), lm.config.visual["tokenizer"]
     if made_for != identity(tokenizer_folder):
-        raise UserError(f"{folder} learned another tokenizer's codes than {tokenizer_folder}: pass the one it learned with --tokenizer, or train again with --overwrite")
+        raise UserError(f"{folder} learned other codes than {tokenizer_folder}'s: pass --tokenizer with theirs, or train again with --overwrite")
     return lm, text_tokenizer, tokenizer
 
 # ---- Codes computed once, by position: 0, 1, 2, ... counts the images a run has seen. Shapes are drawn and tokenized when they are
@@ -222,8 +223,7 @@ def load_generator(out_dir, tokenizer_folder="", device="cpu", dtype=torch.float
 def open_codes(source, part, config, tokenizer, which, ranks):
     """Codes and captions of `source` as one memory-mapped array of records, codes-`part`/codes.npy, made there if need be; None for shapes.
     fingerprint.json says of what; it is written last, so without it the rest is unfinished and made anew."""
-    if source == "shapes":
-        return None
+    if source == "shapes": return None
     folder = Path(config.out_dir) / f"codes-{part}"
     dataset = Images(source, tokenizer.config.image_size, train=False, part=None if config.val_data else part)      # in order; centre crop [T9]
     listing = hashlib.sha256()
@@ -232,13 +232,12 @@ def open_codes(source, part, config, tokenizer, which, ranks):
         listing.update(repr((record, os.path.getsize(file) if size < 0 else size)).encode())
     fingerprint = dict(tokenizer=which, data=listing.hexdigest()[:16], images=len(dataset))
     path, marker = folder / "codes.npy", folder / "fingerprint.json"
-    found = json.loads(marker.read_text()) if marker.is_file() and not config.overwrite_cache else None
+    found = json.loads(marker.read_text() or "null") if marker.is_file() and not config.overwrite_cache else None
     if found and found != fingerprint:
         what = f"another tokenizer than {config.tokenizer}" if found["tokenizer"] != which else f"other images than are now in {source}"
         raise UserError(f"{folder} was made with {what}: --overwrite_cache makes it anew, --out_dir keeps both")
     ranks.wait()                                                              # nobody writes before all have looked
-    if found:
-        return np.load(path, mmap_mode="r")
+    if found: return np.load(path, mmap_mode="r")
     if ranks.first:
         folder.mkdir(parents=True, exist_ok=True)
         marker.unlink(missing_ok=True)
@@ -254,17 +253,14 @@ def open_codes(source, part, config, tokenizer, which, ranks):
         lengths += map(len, new)
         for line in batch["skipped"]:
             tqdm.write(f"skipped {line}")
-    if not any(lengths):
+    if not ranks.sum(torch.tensor(float(any(lengths)))):
         raise UserError(f"no image of {source} has a caption or a class: write metadata.jsonl with file_name and text, or a .txt beside each")
     rows.flush()
     ranks.wait()
-    if ranks.first:
-        marker.write_text(json.dumps(fingerprint))
+    if ranks.first: marker.write_text(json.dumps(fingerprint))
     return np.load(path, mmap_mode="r")
 
 # ---- Conversations about images, in LLaVA's layout
-IMAGE = -1                                        # stands for one feature of Z_I among the ids
-
 def chat(text_tokenizer, turns, tokens, plain=False):
     """[(question, answer), ...] of one image -> ids, and which of them an answer is made of: [int], [bool] of equal length. <image>
     in a question becomes `tokens` times IMAGE. An answer of None is left to the model. plain: image and answer alone."""
@@ -307,8 +303,7 @@ class Conversations(Images):
             rows = json.loads(Path(file).read_text("utf-8"))
             pairs = [(row["image"], zip(row["conversations"][::2], row["conversations"][1::2], strict=True)) for row in rows if "image" in row]
             self.records = [(images / name, [(question["value"], answer["value"]) for question, answer in turns]) for name, turns in pairs]
-        if len(self.records) < len(rows):
-            print(f"{file}: {len(rows) - len(self.records)} conversations have no image and are left out")
+        if len(self.records) < len(rows): print(f"{file}: {len(rows) - len(self.records)} conversations have no image and are left out")
         for number, (path, turns) in enumerate(self.records):
             marks, where = sum(question.count("<image>") for question, _ in turns), f"{file}, conversation {number} with an image"
             if marks != 1: raise UserError(f"{where}: <image> must stand in its questions exactly once, not {marks} times")
@@ -368,7 +363,6 @@ class Generate:
                                for source, part in ((config.data, "train"), (config.val_data or config.data, "val")))
         self.val_at = range(VALIDATION, VALIDATION + config.val_images) if self.val is None else range(min(config.val_images, len(self.val)))
         texts = captions(plan(torch.arange(10_000))) if self.data is None else self.fetch(range(len(self.data)))[1] if config.lm == "random" else []
-        torch.manual_seed(config.seed)
         self.lm, self.text_tokenizer = build_lm(config, texts)
         grow_vocabulary(self.lm, self.text_tokenizer, self.tokenizer, self.which, config.max_length)
         self.net, self.visual = PictureLM(self.lm), self.lm.config.visual
@@ -419,7 +413,6 @@ class Understand:
                                    for file, part in ((config.data, "train"), (config.val_data or config.data, "val")))
             texts = [text.replace("<image>", "") for _, turns in self.data.records for turn in turns for text in turn]
         self.val_at = range(min(config.val_images, len(self.val))) if self.val else range(VALIDATION, VALIDATION + config.val_images)
-        torch.manual_seed(config.seed)
         self.lm, self.text_tokenizer = build_lm(config, texts + ["USER: ASSISTANT:"])
         self.lm.config.understand = dict(dim=model_config.dim, tokens=self.tokens, image_size=self.size, max_length=config.max_length)
         self.net = MLLM(self.lm, model_config.dim)
@@ -447,8 +440,7 @@ class Understand:
     def loss(self, net, ids, mask, scored, images, right=None):
         """Mean cross-entropy (nats) of the answers' tokens; appends to `right` which of them the model ranks first (S,)."""
         logits, target = net(ids, mask, scored, self.encoder(images)), ids[:, 1:][scored[:, 1:]]             # (S, vocabulary), (S,)
-        if right is not None:
-            right.append(logits.argmax(1) == target)
+        if right is not None: right.append(logits.argmax(1) == target)
         return F.cross_entropy(full(logits), target)
 
     def validate(self, parts):
@@ -486,26 +478,19 @@ def train(config, ranks):
         resumed["optimizer"]["param_groups"][0].update(how)                   # rates and the like are this run's
         optimizer.load_state_dict(resumed["optimizer"])
         del resumed                                                           # it holds as much as model and optimiser
-    if config.checkpointing:
-        task.lm.gradient_checkpointing_enable(dict(use_reentrant=False))
-    if config.compile:
-        task.net.compile()
+    if config.checkpointing: task.lm.gradient_checkpointing_enable(dict(use_reentrant=False))
+    if config.compile: task.net.compile()
     net = ranks.run(task.net)
-
     log = Log(out / f"log_{config.phase or 'ar'}.jsonl", first_step, ranks.first and not config.bench)
     starts = (step * config.batch_size + ranks.rank * local + i * micro for step in range(first_step, config.total_steps) for i in range(accumulate))
     stream = task.stream(range(at, at + micro) for at in starts)
-    amp = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    amp, last_log = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"), (first_step, time.time())
     bar = tqdm(range(first_step, config.total_steps + 1), config.phase or "generator", config.total_steps, initial=first_step, unit="step",
                disable=not ranks.first)                                       # the last round only validates and saves
-    last_log = first_step, time.time()
-    ranks.catch_stop()
-    if config.bench:
-        stream, timed = itertools.repeat(next(stream)), bench(config, ranks, task.net)
-
+    if not config.bench: ranks.catch_stop()
+    if config.bench: stream, timed = itertools.repeat(next(stream)), bench(config, ranks, task.net)
     for step in bar:
-        if config.bench and next(timed):
-            return
+        if config.bench and next(timed): return
         # Once in a while: validate, save.
         last = step == config.total_steps
         if ranks.first and (last or (step > first_step and step % config.eval_every == 0)):
@@ -520,11 +505,9 @@ def train(config, ranks):
                 optimizer.consolidate_state_dict(to=0)                        # all ranks send theirs
             if ranks.first:
                 save_checkpoint(path, dict(model=task.net.state_dict(), optimizer=optimizer.state_dict(), step=step, tokenizer=task.which))
-        if last or stop:
-            break
+        if last or stop: break
 
-        # --------------------------------------------------------------------------------------------------------------
-        # One training step.
+        # ---- One training step -----------------------------------------------------------------------------------------
         factor = lr_factor(step, config.warmup_steps, config.total_steps, config.end_lr / config.lr)
         for group in optimizer.param_groups:
             group["lr"] = config.lr * factor
@@ -541,8 +524,7 @@ def train(config, ranks):
         check_finite({"cross-entropy": loss, "gradient norm": grad_norm}, step)
         optimizer.step()
         optimizer.zero_grad()
-        # --------------------------------------------------------------------------------------------------------------
-
+        # ----------------------------------------------------------------------------------------------------------------
         if (step + 1) % config.log_every == 0:
             rate = (step + 1 - last_log[0]) * config.batch_size / (time.time() - last_log[1])
             last_log = step + 1, time.time()
@@ -556,8 +538,7 @@ def train(config, ranks):
                time=f"{(time.time() - start) / 60:.1f} minutes", pictures="" if config.phase else out / "samples.png", model=folder))
         print(f"\nNext: python {task.next}{'' if str(out) == 'out/tiny' else f' --out_dir {out}'}")
     ranks.wait()
-    if stop and not last:
-        ranks.say(f"stopped at step {step}, all saved. Go on with: {resume_command()}")
+    if stop and not last: ranks.say(f"stopped at step {step}, all saved. Go on with: {resume_command()}")
     return last
 
 def main():
@@ -565,13 +546,12 @@ def main():
     ranks, phases = Ranks(config.device), [config.phase]
     if config.task == "understand" and not config.phase:
         phases = ["sft"] if config.resume and (Path(config.out_dir) / "mllm/sft.pt").exists() else ["pretrain", "sft"]
+        if config.overwrite and not config.bench and ranks.first: Path(config.out_dir, "mllm/sft.pt").unlink(missing_ok=True)   # else resumed
     for phase in phases:
         config, _, origin = parse_config(ARConfig, PRESETS, preset_order, argv=[*sys.argv[1:], "--phase", phase])
         config.resume = config.resume and phase == phases[0]                  # what comes after it was not begun
-        if ranks.first:
-            print_config(origin, config)
-        if not train(config, ranks):
-            break
+        if ranks.first: print_config(origin, config)
+        if not train(config, ranks): break
 
 if __name__ == "__main__":
     command_line(main)

@@ -42,7 +42,7 @@ class TrainConfig:
     resume: bool = False                  # go on from this stage's last checkpoint
     overwrite: bool = False               # start over although this stage has a checkpoint
     device: str = ""                      # cuda, mps or cpu; "": the first of them that is there
-    bench: int = 0                        # time that many steps on one batch, and stop; nothing is saved
+    bench: int = 0                        # time that many steps of stage 1 or 2 on one batch, and stop; no checkpoint is written
     profile: bool = False                 # with --bench: torch.profiler's table of where the time goes
     precision: Literal["bf16", "float32", "float64"] = "bf16"  # [T7] autocast; losses and code distances stay float32
     compile: bool = False                 # torch.compile of the tokenizer: some minutes first, then faster steps on a GPU
@@ -92,8 +92,7 @@ class TrainConfig:
         check_least(self, batch_size=1, total_steps=1, log_every=1, eval_every=1, save_every=1, val_images=1, disc_width=1, lr=1e-12, encoder_lr=0,
                     end_lr=0, micro_batch=0, num_workers=0, warmup_steps=0, bench=0)
         if self.resume and self.overwrite: raise UserError("--resume goes on and --overwrite starts over: choose one")
-        if self.bench:
-            self.total_steps = self.eval_every = self.save_every = self.bench + 4
+        if self.bench: self.total_steps = self.eval_every = self.save_every = self.bench + 4
 
 PRESETS = {
     # What stage 2 changes: the encoder moves, slowly and on a leash; a discriminator comes in near the end.
@@ -123,8 +122,7 @@ def decode(data):
     if image.mode.startswith("I") or image.mode == "F":                       # 16 bits: keep the upper eight
         values = np.asarray(image, np.float32)
         return Image.fromarray((values / (257 if values.max() > 255 else 1)).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    if image.has_transparency_data: image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 def crop(image, size, u=(0.5, 0.5, 1.0), flip=False):
@@ -220,7 +218,7 @@ def read_tars(pattern):
     return records
 
 def batches(dataset, size, positions, batch, num_workers=0):
-    """Yield dict(image (batch, 3, size, size) float in [0, 1], text, label, name, skipped) for consecutive `positions`."""
+    """Yield dicts of image (batch, 3, size, size) float in [0, 1], text and skipped for consecutive `positions`; of files also label and name."""
     if dataset is None:                                                       # shapes, drawn when they are needed; with their scene
         for index in torch.utils.data.BatchSampler(positions, batch, drop_last=False):
             scene = plan(torch.tensor(index))
@@ -329,8 +327,7 @@ def starting_point(config, model_config, ranks, resumed):
             source = (run if (run / "stage0.pt").exists() else Path(config.out_dir)) / "stage0.pt"
             missing = not source.exists()
             ranks.wait()                                                      # nobody writes before all have looked
-            if missing:
-                pretrain(config, model_config, ranks, source)
+            if missing: pretrain(config, model_config, ranks, source)
         load_encoder_weights(model.encoder, str(source))
     return model, copy.deepcopy(model.encoder).requires_grad_(False).eval()   # before anything moves
 
@@ -364,8 +361,7 @@ def validate(model, dataset, config, device):
         out = model(images)
         target = resize(images, model.config.output_size)
         psnrs.append(psnr(out.reconstruction, target))
-        if out.indices is not None:
-            used[out.indices.flatten().cpu()] = True
+        if out.indices is not None: used[out.indices.flatten().cpu()] = True
         if grid is None:
             grid = make_grid(torch.cat([F.pad(target, (0, 0, 0, 2)), out.reconstruction.clamp(0, 1)], 2)[:16])       # 8 across
     return torch.cat(psnrs).mean().item(), used.float().mean().item(), grid
@@ -382,8 +378,7 @@ def command(config, model_config, stage):
 def train(config, model_config, ranks):
     out, device, start = Path(config.out_dir), ranks.device, time.time()
     path, pictures = out / f"stage{config.stage}.pt", out / f"recon_stage{config.stage}.png"
-    if resumed := open_run(path, config):
-        check_same_model(resumed["model_config"], model_config, path)
+    if resumed := open_run(path, config): check_same_model(resumed["model_config"], model_config, path)
     local, micro, accumulate = split_batch(config, ranks)
     size, val_source, split = model_config.image_size, config.val_data or config.data, not config.val_data and config.data != "shapes"
     data = None if config.data == "shapes" else Images(config.data, size, config.seed, True, config.random_crop, config.random_flip,
@@ -394,21 +389,17 @@ def train(config, model_config, ranks):
     torch.manual_seed(config.seed)                                            # the same from here on, whether stage 0 ran just now or not
     perceptual = config.perceptual != "none" and PerceptualLoss(config.perceptual, config.lpips_weights, config.convnext_weights, vfm=teacher)
     discriminator = Discriminator(config.disc_width) if config.disc_start >= 0 else None
-    if config.disc_start >= config.total_steps:
-        ranks.say(f"note: the discriminator would start at step {config.disc_start}, after the last: it takes no part")
-
+    if config.disc_start >= config.total_steps: ranks.say(f"note: --disc_start {config.disc_start} is after the last step: no discriminator")
     frozen, betas, dtype = config.encoder_lr == 0, (config.beta1, config.beta2), torch.float64 if config.precision == "float64" else None
     model.encoder.requires_grad_(not frozen)
-    if not resumed and (config.stage == 1 or config.init_from == "none"):
-        start_bottleneck(model, config, data, ranks)
+    if not resumed and (config.stage == 1 or config.init_from == "none"): start_bottleneck(model, config, data, ranks)
     nn.ModuleList(filter(None, (model, teacher, perceptual, discriminator))).to(device, dtype)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = config.tf32
     model.encoder.vit.set_grad_checkpointing(config.checkpointing and not frozen)
     model.decoder.vit.set_grad_checkpointing(config.checkpointing)
-    if config.compile:
-        model.compile()
+    if config.compile: model.compile()
     optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=betas, fused=device.type != "mps")
     d_optimizer = discriminator and torch.optim.AdamW(discriminator.parameters(), betas=betas, weight_decay=config.weight_decay)
     parts = dict(model=model, ema=ema, optimizer=optimizer, discriminator=discriminator, d_optimizer=d_optimizer)
@@ -419,26 +410,23 @@ def train(config, model_config, ranks):
             raise UserError(f"{path} cannot go on like this: it is at step {first_step} with --encoder_lr {resumed['config']['encoder_lr']}")
         resumed["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]         # rates are this run's
         for name, part in parts.items():
-            if part and resumed[name]:
-                part.load_state_dict(resumed[name])
+            if part and resumed[name]: part.load_state_dict(resumed[name])
         torch.set_rng_state(resumed["rng"])
         del resumed                                                           # it holds as much as model and optimiser
     net, d_net = ranks.run(model), discriminator and ranks.run(discriminator)
     counts = torch.zeros(model_config.codebook_size, device=device)           # how often each code was used since the last log line
-
     positions = (step * config.batch_size + ranks.rank * local + i for step in range(first_step, config.total_steps) for i in range(local))
     stream = batches(data, size, positions, micro, config.num_workers)
     log = Log(out / f"log_stage{config.stage}.jsonl", first_step, ranks.first and not config.bench)
     bar = tqdm(total=config.total_steps, initial=first_step, desc=f"stage {config.stage}", unit="step", disable=not ranks.first)
     weights = dict(l2=config.l2_weight, perceptual=config.perceptual_weight, quant=1.0, distill=config.distill_weight, adversarial=config.disc_weight)
     skipped, last_log, warned, floor = 0, (first_step, time.time()), False, min(1.0, config.end_lr / config.lr)
-    ranks.catch_stop()
-    if config.bench:
-        stream, timed = itertools.repeat(next(stream)), bench(config, ranks, model)
+    if not config.bench: ranks.catch_stop()
+    if config.bench: stream, timed = itertools.repeat(next(stream)), bench(config, ranks, model)
 
     for step in range(first_step, config.total_steps + 1):
-        if config.bench and next(timed):
-            return
+        if config.bench and next(timed): return
+        # Once in a while: validate, draw, save.
         last = step == config.total_steps
         if ranks.first and (last or (step > first_step and step % config.eval_every == 0)):
             *val, grid = validate(ema, val_data, config, device)
@@ -448,8 +436,7 @@ def train(config, model_config, ranks):
         if ranks.first and (last or stop or (step > first_step and step % config.save_every == 0)):
             save_checkpoint(path, {name: part and part.state_dict() for name, part in parts.items()} | dict(
                 step=step, lecam=lecam_means, rng=torch.get_rng_state(), config=asdict(config), model_config=asdict(model_config)))
-        if last or stop:
-            break
+        if last or stop: break
 
         # ---- One training step -----------------------------------------------------------------------------------------
         factor = lr_factor(step, config.warmup_steps, config.total_steps, floor)
@@ -469,8 +456,7 @@ def train(config, model_config, ranks):
                 X, Z_I, indices, vq_loss = net(images)                        # (b, 3, H, W), (b, N, d), (b, N), ()
             X, target = full(X), resize(images, model_config.output_size)     # (b, 3, H, W) each; losses in float32 from here
             terms = dict(l2=F.mse_loss(X, target), quant=vq_loss)                                                # eq. 2, 3
-            if perceptual:
-                terms["perceptual"] = perceptual(target, X)
+            if perceptual: terms["perceptual"] = perceptual(target, X)
             if config.distill_weight and not frozen:
                 with torch.no_grad(), amp:
                     T_X = teacher(images)                                     # (b, N, d)
@@ -493,7 +479,6 @@ def train(config, model_config, ranks):
                 sums[name] = sums.get(name, 0) + full(term.detach()) / accumulate
             if indices is not None:                                           # bincount would wait for the GPU
                 counts.index_add_(0, indices.flatten(), torch.ones(indices.numel(), device=device))
-
         sums["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         sums = dict(zip(sums, (ranks.sum(torch.stack([*sums.values()])) / ranks.size).tolist()))       # the step's one wait for the GPU
         check_finite(sums, step)
@@ -545,8 +530,7 @@ def main():
         print_config(origin, config, model_config)
         Path(config.out_dir).mkdir(parents=True, exist_ok=True)
     ranks.wait()
-    if config.stage > 0:
-        return train(config, model_config, ranks)
+    if config.stage > 0: return train(config, model_config, ranks)
     if model_config.encoder_weights != "stage0":
         raise UserError(f"--config {config.config} has a pretrained encoder: stage 0 is for encoder_weights stage0, the tiny config's")
     path = Path(config.out_dir) / "stage0.pt"

@@ -513,7 +513,7 @@ def bench(config, ranks, network):
     what they took. The first is counted, uncompiled, by torch's FlopCounterMode; two more warm up."""
     cuda, table = ranks.device.type == "cuda", config.profile and torch.profiler.profile()
     if table:
-        for name, part in network.named_children():                           # forward passes under their parts' names
+        for name, part in network.named_children():                           # forward passes under the names of the parts that are called
             part.forward = torch.profiler.record_function(f"{name}.forward")(part.forward)
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         yield False
@@ -526,9 +526,9 @@ def bench(config, ranks, network):
         yield from [False] * config.bench
         if cuda: torch.cuda.synchronize()
         seconds = (time.time() - start) / config.bench
-    if table: ranks.say(table.key_averages().table(sort_by=f"self_{ranks.device.type}_time_total", row_limit=20))
+    if table: ranks.say(table.key_averages().table(sort_by=f"self_{'cuda' if cuda else 'cpu'}_time_total", row_limit=20))
     flops, chip = counter.get_total_flops(), torch.cuda.get_device_name() if cuda else ranks.device.type
-    peaks = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12}      # FLOP a second, dense, by NVIDIA's data sheets
+    peaks = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12}      # FLOP a second, dense, by NVIDIA's data sheets
     share = next((f" ({flops / seconds / peak:.1%} of its bf16 peak)" for name, peak in peaks.items() if name in chip), "")
     memory = f", at most {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if cuda else ""
     ranks.say(f"{config.batch_size / seconds:.1f} images/s, {seconds * 1e3:.1f} ms a step of {config.batch_size}; a rank: "
