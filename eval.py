@@ -100,12 +100,12 @@ def reconstruction(model, nets, dataset, positions, config, ranks):
     for batch in tqdm(batches(dataset, native, positions, config.batch_size, config.num_workers),
                       total=math.ceil(len(positions) / config.batch_size), desc="reconstruct", disable=not ranks.first):
         original = batch["image"].to(ranks.device)
-        result = model(resize(original, native))
+        result = model(seen := resize(original, native))
         x, y = ((resize(i, size) * 255).round() / 255 for i in (original, result.reconstruction.clamp(0, 1)))     # as a picture file holds it
         sums.update(num_images=len(x), psnr=psnr(x, y).sum().item(), ssim=ssim(x, y).sum().item(), ssim_dr2=ssim(x, y, 2.0).sum().item())
         if "lpips" in nets: sums["lpips"] += nets["lpips"](x * 2 - 1, y * 2 - 1).sum().item()
         if "teacher" in nets:
-            T_X = nets["teacher"](resize(original, native))
+            T_X = nets["teacher"](seen)
             sums["cosine_to_teacher"] += F.cosine_similarity(result.Z_I, T_X, dim=-1).mean(1).sum().item()
             frechet["fd_vfm"].add(0, T_X.mean(1))
             frechet["fd_vfm"].add(1, nets["teacher"](resize(y, native)).mean(1))

@@ -42,7 +42,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from train_tokenizer import (VALIDATION, Images, batches, captions, decode, ignore_signals, lr_factor, plan, questions, render, resize,
                              shuffled, split_off, uniforms)
-from vqrae import (Log, Ranks, UserError, bench, check_finite, check_least, command_line, explained, full, hub_file, load_checkpoint, load_teacher,
+from vqrae import (Log, Ranks, UserError, bench, check_finite, check_run, command_line, explained, full, hub_file, load_checkpoint, load_teacher,
                    load_tokenizer, open_run, parse_config, print_config, report, resume_command, save_checkpoint, split_batch)
 
 logging.set_verbosity_error()                     # transformers' own
@@ -97,10 +97,7 @@ class ARConfig:
     def __post_init__(self):
         self.out_dir = self.out_dir or f"out/{self.config}"
         self.tokenizer = self.tokenizer or f"{self.out_dir}/tokenizer"
-        if self.resume and self.overwrite: raise UserError("--resume goes on and --overwrite starts over: choose one")
-        check_least(self, batch_size=1, total_steps=1, log_every=1, eval_every=1, save_every=1, val_images=1, lr=1e-12, end_lr=0, micro_batch=0,
-                    num_workers=0, warmup_steps=0, bench=0)
-        if self.bench: self.total_steps = self.eval_every = self.save_every = self.bench + 4
+        check_run(self)
         if not 0 <= self.caption_drop <= 1: raise UserError(f"--caption_drop is a share between 0 and 1, not {self.caption_drop}")
         if self.phase and self.task == "generate": raise UserError(f"--phase {self.phase} is of --task understand")
 
@@ -407,7 +404,7 @@ class Understand:
         if config.max_length <= self.tokens: raise UserError(f"--max_length {config.max_length} cannot hold {self.tokens} features and a question")
         if config.data == "shapes":
             self.data, self.val, index = None, None, torch.arange(5_000)
-            texts = captions(plan(index)) + [f"{q} {a}" for asked in questions(index, plan(index), 3) for q, (_, a) in asked.items()]
+            texts = captions(scene := plan(index)) + [f"{q} {a}" for asked in questions(index, scene, 3) for q, (_, a) in asked.items()]
         else:
             self.data, self.val = (Conversations(file, config.images, self.size, config.seed, None if config.val_data else part)
                                    for file, part in ((config.data, "train"), (config.val_data or config.data, "val")))

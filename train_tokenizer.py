@@ -26,7 +26,7 @@ from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from vqrae import (MODELS, VQRAE, Discriminator, Encoder, Log, PerceptualLoss, Ranks, UserError, VQRAEConfig, bench, check_finite, check_least,
+from vqrae import (MODELS, VQRAE, Discriminator, Encoder, Log, PerceptualLoss, Ranks, UserError, VQRAEConfig, bench, check_finite, check_run,
                    command_line, distill_loss, explained, full, hinge_d_loss, lecam, load_checkpoint, load_encoder_weights, open_run, parse_config,
                    print_config, psnr, report, resume_command, save_checkpoint, save_tokenizer, split_batch)
 
@@ -89,10 +89,7 @@ class TrainConfig:
 
     def __post_init__(self):
         self.out_dir = self.out_dir or f"out/{self.config}"
-        check_least(self, batch_size=1, total_steps=1, log_every=1, eval_every=1, save_every=1, val_images=1, disc_width=1, lr=1e-12, encoder_lr=0,
-                    end_lr=0, micro_batch=0, num_workers=0, warmup_steps=0, bench=0)
-        if self.resume and self.overwrite: raise UserError("--resume goes on and --overwrite starts over: choose one")
-        if self.bench: self.total_steps = self.eval_every = self.save_every = self.bench + 4
+        check_run(self, disc_width=1, encoder_lr=0)
 
 PRESETS = {
     # What stage 2 changes: the encoder moves, slowly and on a leash; a discriminator comes in near the end.

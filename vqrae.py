@@ -535,6 +535,12 @@ def bench(config, ranks, network):
               f"{flops / 1e12:.3g} TFLOP a step in matrix products, convolutions and attention on {chip}{share}{memory}")
     yield True
 
+def check_run(config, **least):                                               # what the flags of any training run have to keep to, and `least`
+    check_least(config, batch_size=1, total_steps=1, log_every=1, eval_every=1, save_every=1, val_images=1, lr=1e-12, end_lr=0, micro_batch=0,
+                num_workers=0, warmup_steps=0, bench=0, **least)
+    if config.resume and config.overwrite: raise UserError("--resume goes on and --overwrite starts over: choose one")
+    if config.bench: config.total_steps = config.eval_every = config.save_every = config.bench + 4        # nothing else falls due before its end
+
 def open_run(path, config):
     """The checkpoint to go on from, or None to start; refuses to start over a finished or unfinished run by accident."""
     if config.resume and not config.bench:
