@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from sample import answer, generate
 from train_ar import load_generator, load_mllm
-from train_tokenizer import (ATLAS, EXTENT, HELD_OUT, PALETTE, SHAPES, SIDE, TASKS, VALIDATION, WINDOW, Images, Scene, batches, captions,
-                             masks, plan, questions, render, resize)
-from vqrae import (Ranks, SimVQ, UserError, build_lpips, check_least, command_line, explained, load_teacher, load_tokenizer, nearest,
-                   parse_config, psnr)
+from train_tokenizer import (ATLAS, EXTENT, HELD_OUT, PALETTE, SHAPES, SIDE, TASKS, VALIDATION, WINDOW, Images, Scene, batches, captions, masks, plan,
+                             questions, render)
+from vqrae import (Ranks, SimVQ, UserError, as_file, build_lpips, check_least, code_usage, command_line, explained, load_teacher, load_tokenizer,
+                   nearest, parse_config, psnr, resize)
 
 @dataclass
 class EvalConfig:
@@ -54,33 +54,24 @@ class EvalConfig:
 def ssim(x, y, data_range=1.0):
     """Structural similarity, scikit-image's defaults: 7 x 7 uniform window, sample covariance, mean over pixels and channels.
     (B, 3, H, W) in [0, 1] -> (B,). data_range 1 is right for [0, 1]; 2 is what LlamaGen's and UniLIP's tables use."""
-    x, y = (((i if i.device.type == "mps" else i.double()).clamp(0, 1) * 255).round() / 255 for i in (x, y))     # mps knows no float64
+    x, y = (as_file(i if i.device.type == "mps" else i.double()) for i in (x, y))             # mps knows no float64
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     mx, my, xx, yy, xy = (F.avg_pool2d(i, 7, stride=1) for i in (x, y, x * x, y * y, x * y))
     vx, vy, cov = ((mean - product) * 49 / 48 for mean, product in ((xx, mx * mx), (yy, my * my), (xy, mx * my)))
     return ((2 * mx * my + c1) * (2 * cov + c2) / ((mx ** 2 + my ** 2 + c1) * (vx + vy + c2))).mean((1, 2, 3))
 
-class Frechet:
-    """Streaming Frechet distance between two sets of features: sums of outer products, however many images."""
-    def __init__(self, ranks):
-        self.ranks, self.sums = ranks, [0, 0]
+def moments(features):
+    """(B, f) -> (f + 2, f) float64, whose sum over all images holds their count, mean and covariance, however many there are."""
+    f = features.cpu().double()
+    return torch.cat([f.T @ f, f.sum(0)[None], torch.full_like(f[:1], len(f))])
 
-    def add(self, side, features):                                            # side 0 or 1, (B, f)
-        f = features.cpu().double()
-        self.sums[side] += torch.cat([f.T @ f, f.sum(0)[None], torch.full_like(f[:1], len(f))])       # (f + 2, f)
-
-    def distance(self):
-        """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), with the sample covariances."""
-        (m1, c1), (m2, c2) = (self.moments(s) for s in self.sums)
-        values, vectors = torch.linalg.eigh(c1)
-        root = vectors * values.clamp(min=0).sqrt() @ vectors.T               # C1^(1/2)
-        cross = torch.linalg.eigvalsh(root @ c2 @ root).clamp(min=0).sqrt().sum()
-        return ((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * cross).item()
-
-    def moments(self, sums):
-        sums = self.ranks.sum(sums)
-        n, mean = sums[-1, 0], sums[-2] / sums[-1, 0]
-        return mean, (sums[:-2] - n * mean[:, None] * mean) / (n - 1)
+def frechet(*sides):
+    """Two sums of moments -> |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), with the sample covariances."""
+    (m1, c1), (m2, c2) = ((s[-2] / s[-1], (s[:-2] - s[-2, :, None] * s[-2] / s[-1]) / (s[-1] - 1)) for s in sides)
+    values, vectors = torch.linalg.eigh(c1)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T                   # C1^(1/2)
+    cross = torch.linalg.eigvalsh(root @ c2 @ root).clamp(min=0).sqrt().sum()
+    return ((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * cross).item()
 
 def inception(weights):
     """A network, images (B, 3, H, W) uint8 -> ((B, 2048),): pytorch-fid's Inception, through torch-fidelity. Never another."""
@@ -94,49 +85,43 @@ def reconstruction(model, nets, dataset, positions, config, ranks):
     """One pass over the images -> the metrics, and the codes' counts (k,). nets: lpips, rfid and teacher, those there are; what needs
     another is left out. positions: this rank's share."""
     native, size = model.config.image_size, config.size or model.config.output_size
-    frechet = {name: Frechet(ranks) for name, net in (("fd_vfm", "teacher"), ("rfid", "rfid")) if net in nets}
+    features = collections.Counter()                                          # moments of (metric, side)
     sums, objects = collections.Counter(), torch.zeros(5, dtype=torch.float64)
     counts = torch.zeros(model.config.codebook_size, dtype=torch.float64)
-    for batch in tqdm(batches(dataset, native, positions, config.batch_size, config.num_workers),
+    for batch in tqdm(batches(dataset, native, positions, config.batch_size, config.num_workers, ranks.device),
                       total=math.ceil(len(positions) / config.batch_size), desc="reconstruct", disable=not ranks.first):
-        original = batch["image"].to(ranks.device)
-        result = model(seen := resize(original, native))
-        x, y = ((resize(i, size) * 255).round() / 255 for i in (original, result.reconstruction.clamp(0, 1)))     # as a picture file holds it
+        result = model(seen := resize(batch["image"], native))
+        x, y = (as_file(resize(i, size)) for i in (batch["image"], result.reconstruction.clamp(0, 1)))
         sums.update(num_images=len(x), psnr=psnr(x, y).sum().item(), ssim=ssim(x, y).sum().item(), ssim_dr2=ssim(x, y, 2.0).sum().item())
         if "lpips" in nets: sums["lpips"] += nets["lpips"](x * 2 - 1, y * 2 - 1).sum().item()
         if "teacher" in nets:
             T_X = nets["teacher"](seen)
             sums["cosine_to_teacher"] += F.cosine_similarity(result.Z_I, T_X, dim=-1).mean(1).sum().item()
-            frechet["fd_vfm"].add(0, T_X.mean(1))
-            frechet["fd_vfm"].add(1, nets["teacher"](resize(y, native)).mean(1))
+            features["fd_vfm", 0] += moments(T_X.mean(1))
+            features["fd_vfm", 1] += moments(nets["teacher"](resize(y, native)).mean(1))
         if "rfid" in nets:
             for side, images in enumerate((x, y)):
-                frechet["rfid"].add(side, nets["rfid"]((images * 255).round().to(torch.uint8))[0])
+                features["rfid", side] += moments(nets["rfid"]((images * 255).round().to(torch.uint8))[0])
         if result.indices is not None: counts += torch.bincount(result.indices.flatten().cpu(), minlength=len(counts))
         if dataset is None:
             scene = batch["scene"]
             unseen = scene.present & HELD_OUT[scene.shape, scene.color]
             originals, right = (objects_right(resize(i, SIDE).cpu(), scene) for i in (x, y))
             objects += torch.stack([scene.present, originals, right, unseen, right & unseen]).sum((1, 2))
-    out = {name: f.distance() for name, f in frechet.items()}
+    names = sorted({name for name, _ in features})
+    out = {name: frechet(*(ranks.sum(features[name, side]) for side in (0, 1))) for name in names}
     sums = dict(zip(sums, ranks.sum(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()))
     n, counts = int(sums.pop("num_images")), ranks.sum(counts)
     out |= {name: total / n for name, total in sums.items()} | dict(num_images=n)
     if dataset is None:
         present, originals, right, unseen, right_unseen = ranks.sum(objects).tolist()
         out |= dict(objects_right=right / present, objects_right_originals=originals / present, objects_right_held_out=right_unseen / max(1, unseen))
-    small = [name for name in frechet if n < (2048 if name == "rfid" else 2 * model.config.dim)]
+    small = [name for name in names if n < (2048 if name == "rfid" else 2 * model.config.dim)]
     out["reasons"] = dict(few_images=f"{n} images are too few for a steady {' and '.join(small)}") if small else {}
     out["protocol"] = (f"{config.data}: {n} images, shorter edge to {dataset.size if dataset else native} px (bicubic, antialiased), centre crop; "
                        f"reconstructed at {native} px, scored at {size} px, clamped and rounded to 8 bits; PSNR per image, then mean; "
                        f"reference set: the same images")
     return out, counts
-
-def codebook(counts):
-    """How often each code was used (k,) -> usage, dead codes, entropy in bits and its exponential, the perplexity."""
-    entropy, used = torch.special.entr(counts / counts.sum()).sum(), int(counts.count_nonzero())
-    return dict(codebook_usage=used / len(counts), dead_codes=len(counts) - used, codebook_perplexity=entropy.exp().item(),
-                token_entropy_bits=entropy.item() / math.log(2))
 
 # ---- Semantics without a language model: classes from mean-pooled features
 def knn(train, train_labels, test, test_labels, k=20):
@@ -227,15 +212,13 @@ def find_objects(images, least_area=25):
     mass, at = cover.sum((1, 2)), torch.arange(SIDE) + 0.5
     x, y = (cover.sum(1) @ at) / mass, (cover.sum(2) @ at) / mass
     unit_area = (ATLAS > 0).float().mean((1, 2, 3)) * (2 * EXTENT) ** 2       # (6,) at radius 1
-    angles = torch.linspace(-0.1, 0.1, 3)
-    s, a = len(SHAPES), len(angles)
+    s = len(SHAPES)
     radius = (mass[:, None] / unit_area).sqrt().clamp(4, 17)                  # (M, 6): each shape in the size of that area
-    drawn, left, top = masks(torch.arange(s).repeat_interleave(a).repeat(len(x)), x.repeat_interleave(s * a), y.repeat_interleave(s * a),
-                             radius.repeat_interleave(a, 1).flatten(), angles.repeat(len(x) * s))
-    window, at = torch.arange(len(x))[:, None, None], torch.arange(WINDOW)
-    seen = cover[window, top[::s * a, None, None] + at[:, None], left[::s * a, None, None] + at]           # (M, W, W)
-    error = (drawn.view(-1, s, a, WINDOW ** 2) - seen.view(-1, 1, 1, WINDOW ** 2)).square().sum(-1)        # (M, 6, 3)
-    return picture, error.amin(2).argmin(1), color, x, y
+    drawn, rows, columns = masks(torch.arange(s).repeat(len(x)), x.repeat_interleave(s), y.repeat_interleave(s), radius.flatten(),
+                                 torch.zeros(len(x) * s))
+    seen = cover[torch.arange(len(x))[:, None, None], rows[::s], columns[::s]]                             # (M, W, W)
+    error = (drawn.view(-1, s, WINDOW ** 2) - seen.view(-1, 1, WINDOW ** 2)).square().sum(-1)              # (M, 6)
+    return picture, error.argmin(1), color, x, y
 
 def objects_right(images, scene, near=6.0):
     """Which of the scene's objects the checker finds in place, in shape and in colour: (B, 4) bool, within scene.present."""
@@ -332,8 +315,9 @@ def evaluate(folder, config, ranks):
     dataset, first, total = None, VALIDATION, config.num_images
     if config.data != "shapes":
         size = max(config.size, model.config.image_size, model.config.output_size)
-        dataset, first = Images(config.data, size, train=False, part=None if config.part == "all" else config.part), 0
-        dataset.records = dataset.records[::max(1, len(dataset) // total)]
+        with ranks.first_alone():
+            dataset, first = Images(config.data, size, train=False, part=None if config.part == "all" else config.part, index_dir=config.out_dir), 0
+        dataset.chosen = dataset.chosen[::max(1, len(dataset) // total)]
         total = min(total, len(dataset))
     if total < max(2, ranks.size): raise UserError(f"{total} images are too few on {ranks.size} ranks: give at least {max(2, ranks.size)}")
     nets, reasons = {}, {}
@@ -346,7 +330,9 @@ def evaluate(folder, config, ranks):
     metrics, counts = reconstruction(model, nets, dataset, range(first + ranks.rank, first + total, ranks.size), config, ranks)
     keys = "psnr ssim ssim_dr2 lpips rfid fd_vfm codebook_usage codebook_perplexity token_entropy_bits cosine_to_teacher"
     result = dict.fromkeys(keys.split()) | metrics
-    if model.quantizer: result |= codebook(counts)
+    if model.quantizer:
+        result |= zip(("codebook_usage", "codebook_perplexity", "token_entropy_bits"), code_usage(counts))
+        result["dead_codes"] = int((counts == 0).sum())
     if ranks.first:
         accuracy, why = semantics(model, nets.get("teacher"), dataset, total, config, ranks.device)
         result |= accuracy
@@ -388,9 +374,8 @@ def main():
     if config.curves: return draw_curves(out)
     if config.generation and not ranks.first: return
     path, before = out / ("vqa.json" if config.vqa else "eval.json"), {}
-    with contextlib.suppress(OSError, ValueError):                            # what is there about one tokenizer and its generator stays
-        if len(config.tokenizers) < 2 and not config.vqa:
-            before = {key: value for key, value in json.loads(path.read_text()).items() if "/" not in key}
+    with contextlib.suppress(OSError, ValueError):                            # scores of a tokenizer and of its generator stand side by side
+        before = {key: value for key, value in json.loads(path.read_text()).items() if config.generation or key.startswith("geneval")}
     if config.generation:
         result = generation(config, ranks)
         results, notes = {key: result[key] for key in ("geneval", "geneval_ceiling")}, [result["geneval_protocol"]]
@@ -401,7 +386,7 @@ def main():
         notes = [f"{f}: {r['protocol']}" + "".join(f"\n  {what}: {why}" for what, why in r["reasons"].items()) for f, r in results.items()]
     if ranks.first:
         print(table(results), *notes, sep="\n")
-        path.write_text(json.dumps(before | result, indent=1))
+        path.write_text(json.dumps(result if config.vqa or len(results) > 1 and not config.generation else before | result, indent=1))
         print(f"wrote {path}")
 
 if __name__ == "__main__":

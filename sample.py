@@ -25,8 +25,8 @@ from tqdm import tqdm
 from transformers import StaticCache
 
 from train_ar import chat, layout, load_generator, load_mllm, pad_left, positions_of, square, visual_logits
-from train_tokenizer import decode, resize
-from vqrae import Ranks, UserError, check_least, command_line, explained, full, load_tokenizer, parse_config, print_config
+from train_tokenizer import decode
+from vqrae import Ranks, UserError, check_least, command_line, explained, full, load_tokenizer, parse_config, print_config, resize
 
 @dataclass
 class SampleConfig:
@@ -205,15 +205,15 @@ def main():
     visual, resolution = lm.config.visual, config.resolution or tokenizer.config.output_size
     for prompt, where in {job.prompt: job.where for job in jobs}.items():
         check_text(prompt, where, text_tokenizer, visual["max_length"] - visual["tokens"] - 2)
+    todo = [job for job in jobs if not ((config.geneval or config.dpg) and job.path.exists())]           # before any rank writes
+    ranks.wait()
     if ranks.first:
         out.mkdir(parents=True, exist_ok=True)
         for path, text in beside.items():
             path.parent.mkdir(exist_ok=True)
             path.write_text(text, "utf-8")
-    ranks.wait()
     compiled = config.compile and ranks.device.type == "cuda"
     width = max(len(ids) for ids in text_tokenizer([job.prompt for job in jobs], add_special_tokens=False).input_ids) if compiled else 0
-    todo = [job for job in jobs if not ((config.geneval or config.dpg) and job.path.exists())]
     if config.bench:
         for _ in range(2):                                                    # the first compiles and warms up
             start = time.time()
@@ -241,6 +241,7 @@ def main():
                 partial.replace(job.path)
         shown.extend(images[:64 - len(shown)])
     bar.close()
+    ranks.wait()
     if ranks.first and config.dpg:
         print(f"\nNext, in DPG-Bench's repository: compute_dpg_bench.py --image-root-path {out} --pic-num 4 --resolution {resolution}")
     elif ranks.first and config.geneval:

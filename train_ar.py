@@ -23,7 +23,7 @@ makes of one caption in ten. EOI is there for whatever may follow a picture; N i
 
 In reading order: the configuration on one screen, language model and layouts, codes computed once, conversations, training.
 """
-import functools, hashlib, itertools, json, os, shlex, sys, time
+import hashlib, itertools, json, os, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -40,10 +40,10 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, logging
 
-from train_tokenizer import (VALIDATION, Images, batches, captions, decode, ignore_signals, lr_factor, plan, questions, render, resize,
-                             shuffled, split_off, uniforms)
-from vqrae import (Log, Ranks, UserError, bench, check_finite, check_run, command_line, explained, full, hub_file, load_checkpoint, load_teacher,
-                   load_tokenizer, open_run, parse_config, print_config, report, resume_command, save_checkpoint, split_batch)
+from train_tokenizer import VALIDATION, Images, batches, captions, decode, plan, questions, render, shuffled, uniforms
+from vqrae import (Log, Ranks, UserError, bench, check_finite, check_run, command_line, explained, full, hub_file, ignore_signals, load_checkpoint,
+                   load_teacher, load_tokenizer, lr_factor, next_command, no_autocast, open_run, parse_config, print_config, report, resize,
+                   resume_command, save_checkpoint, split_batch)
 
 logging.set_verbosity_error()                     # transformers' own
 logging.disable_progress_bar()
@@ -113,6 +113,8 @@ PRESETS = {
     ("tiny", "pretrain"): dict(total_steps=60, warmup_steps=10, max_length=192, eps=1e-8),                                            # [ours]
     ("tiny", "sft"): dict(total_steps=1600, lr=2e-3, max_length=256, eps=1e-8),                                                        # [ours]
 }
+
+SHARED = {"config", "out_dir", "device"}          # flags that the next command takes over
 
 def preset_order(values):
     return [values["phase"], values["config"], (values["config"], values["phase"])]
@@ -222,9 +224,10 @@ def open_codes(source, part, config, tokenizer, which, ranks):
     fingerprint.json says of what; it is written last, so without it the rest is unfinished and made anew."""
     if source == "shapes": return None
     folder = Path(config.out_dir) / f"codes-{part}"
-    dataset = Images(source, tokenizer.config.image_size, train=False, part=None if config.val_data else part)      # in order; centre crop [T9]
+    with ranks.first_alone():                                                 # in order; centre crop [T9]
+        dataset = Images(source, tokenizer.config.image_size, train=False, part=None if config.val_data else part, index_dir=config.out_dir)
     listing = hashlib.sha256()
-    for record in dataset.records:
+    for record in map(dataset.record, range(len(dataset))):
         file, _, size = record["image"]
         listing.update(repr((record, os.path.getsize(file) if size < 0 else size)).encode())
     fingerprint = dict(tokenizer=which, data=listing.hexdigest()[:16], images=len(dataset))
@@ -244,12 +247,10 @@ def open_codes(source, part, config, tokenizer, which, ranks):
     rows = np.load(path, mmap_mode="r+")
     share = range(len(rows) * ranks.rank // ranks.size, len(rows) * (ranks.rank + 1) // ranks.size)           # this rank's
     bar, lengths = tqdm(share, folder.name, unit="image", disable=not ranks.first), []
-    for batch, at in zip(batches(dataset, tokenizer.config.image_size, bar, 64, config.num_workers), share[::64]):
+    for batch, at in zip(batches(dataset, tokenizer.config.image_size, bar, 64, config.num_workers, ranks.device), share[::64]):
         new = [(text or label).encode() for text, label in zip(batch["text"], batch["label"])]       # no caption: its class
-        rows[at:at + len(new)] = list(zip(tokenizer.tokenize(batch["image"].to(ranks.device)).tolist(), new))
+        rows[at:at + len(new)] = list(zip(tokenizer.tokenize(batch["image"]).tolist(), new))
         lengths += map(len, new)
-        for line in batch["skipped"]:
-            tqdm.write(f"skipped {line}")
     if not ranks.sum(torch.tensor(float(any(lengths)))):
         raise UserError(f"no image of {source} has a caption or a class: write metadata.jsonl with file_name and text, or a .txt beside each")
     rows.flush()
@@ -295,26 +296,23 @@ class MLLM(nn.Module):
 class Conversations(Images):
     """LLaVA's JSON by position: [{"image": path, "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", ...}]}, ...]."""
     def __init__(self, file, images, size, seed=0, part=None):
-        self.size, self.seed, self.train, images = size, seed, True, Path(images or Path(file).parent)
+        self.folder = Path(images or Path(file).parent)
+        super().__init__(file, size, seed, part=part)
+
+    def read(self, file, _):
         with explained(f"{file}: not LLaVA's JSON, a list of objects with image and conversations, human and gpt in turn"):
             rows = json.loads(Path(file).read_text("utf-8"))
             pairs = [(row["image"], zip(row["conversations"][::2], row["conversations"][1::2], strict=True)) for row in rows if "image" in row]
-            self.records = [(images / name, [(question["value"], answer["value"]) for question, answer in turns]) for name, turns in pairs]
-        if len(self.records) < len(rows): print(f"{file}: {len(rows) - len(self.records)} conversations have no image and are left out")
-        for number, (path, turns) in enumerate(self.records):
-            marks, where = sum(question.count("<image>") for question, _ in turns), f"{file}, conversation {number} with an image"
+            records = [dict(name=self.folder / name, turns=[(asked["value"], said["value"]) for asked, said in turns]) for name, turns in pairs]
+        if len(records) < len(rows): print(f"{file}: {len(rows) - len(records)} conversations have no image and are left out")
+        for number, record in enumerate(records):
+            marks, where = sum(question.count("<image>") for question, _ in record["turns"]), f"{file}, conversation {number} with an image"
             if marks != 1: raise UserError(f"{where}: <image> must stand in its questions exactly once, not {marks} times")
-            if not path.is_file(): raise UserError(f"{where}: no file {path}; --images DIR names the folder")
-        self.records = split_off(self.records, part)
-        if not self.records: raise UserError(f"{file} holds no conversation to use (every 20th validates): give more, or name some with --val_data")
+            if not record["name"].is_file(): raise UserError(f"{where}: no file {record['name']}; --images DIR names the folder")
+        return records
 
-    def __getitem__(self, position):
-        for path, turns in map(self.record, range(position, position + len(self.records))):      # an unreadable image's place goes to the next
-            try:
-                return square(decode(path.read_bytes()), self.size), turns
-            except Exception as error:                                        # PIL raises anything on damaged files
-                tqdm.write(f"skipped {path}: {error}")
-        raise UserError(f"no readable image in the conversations: the last is {path}")
+    def load(self, record, _):
+        return dict(image=square(decode(record["name"].read_bytes()), self.size), turns=record["turns"])
 
 def square(image, size):
     """A PIL image padded with grey to a square, as LLaVA-1.5 has it: nothing is cut off. -> (3, size, size) in [0, 1]."""
@@ -325,7 +323,8 @@ def shapes_turns(index, size, phase):
     scene = plan(index)
     asked = [{"": ("caption", caption)} for caption in captions(scene)] if phase == "pretrain" else questions(index, scene, rounds=3)
     turns = [[(question, answer) for question, (_, answer) in them.items()] for them in asked]
-    return zip(resize(render(scene), size), [[("<image>\n" + question, answer), *more] for (question, answer), *more in turns])
+    return [dict(image=image, turns=[("<image>\n" + question, answer), *more])
+            for image, ((question, answer), *more) in zip(resize(render(scene), size), turns)]
 
 def load_mllm(out_dir, model_config, device="cpu"):
     """-> MLLM that `--task understand` made, and its text tokenizer; checked to read features as an encoder of `model_config` makes them."""
@@ -343,11 +342,6 @@ def load_mllm(out_dir, model_config, device="cpu"):
     return net.to(device).eval(), text_tokenizer
 
 # ---- Training. Each task has a network, batches by position, a loss, a validation and files; the loop below is the same.
-def picture_loss(net, ids, mask, visual):
-    """Mean cross-entropy (nats) of the N visual tokens of each layout; -> scalar, float32."""
-    codes = ids[:, -1 - visual["tokens"]:-1] - visual["offset"]               # (B, N)
-    return F.cross_entropy(full(net(ids, mask)).flatten(0, 1), codes.flatten())      # of logits (B, N, k)
-
 class Generate:
     """Captions -> codes. The whole language model learns."""
     def __init__(self, config, ranks, folder):
@@ -363,13 +357,13 @@ class Generate:
         self.lm, self.text_tokenizer = build_lm(config, texts)
         grow_vocabulary(self.lm, self.text_tokenizer, self.tokenizer, self.which, config.max_length)
         self.net, self.visual = PictureLM(self.lm), self.lm.config.visual
-        self.loss = functools.partial(picture_loss, visual=self.visual)
 
     def fetch(self, positions, val=False):
         """b positions -> codes (b, N) int64, captions [b]."""
         if (rows := self.val if val else self.data) is None:
-            batch = next(batches(None, self.tokenizer.config.image_size, positions, len(positions)))
-            return self.tokenizer.tokenize(batch["image"].to(self.device)), batch["text"]
+            batch = next(batches(None, self.tokenizer.config.image_size, positions, len(positions), device=self.device))
+            with no_autocast(batch["image"]):                                 # as in training, also while validating
+                return self.tokenizer.tokenize(batch["image"]), batch["text"]
         found = rows[[p if val else shuffled(p, len(rows), self.config.seed) for p in positions]]
         return torch.from_numpy(found["codes"].astype(np.int64)), [text.decode("utf-8", "ignore") for text in found["text"]]
 
@@ -381,6 +375,11 @@ class Generate:
             texts = [text if val or u >= self.config.caption_drop else "" for text, u in zip(texts, chance)]
             yield layout(self.text_tokenizer, self.visual, texts, codes)
 
+    def loss(self, net, ids, mask):
+        """Mean cross-entropy (nats) of the N visual tokens of each layout; -> scalar, float32."""
+        codes = ids[:, -1 - self.visual["tokens"]:-1] - self.visual["offset"]                               # (b, N)
+        return F.cross_entropy(full(net(ids, mask)).flatten(0, 1), codes.flatten())                         # of logits (b, N, k)
+
     def validate(self, parts):
         """Mean loss of the validation images, captions and all; draws the first of them, unguided (sample.py is several times faster)."""
         total, texts, N, first = 0.0, self.fetch(self.val_at[:16], val=True)[1], self.visual["tokens"], self.visual["offset"]
@@ -391,7 +390,7 @@ class Generate:
         ids = self.lm.generate(ids, attention_mask=mask, max_new_tokens=N, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                                suppress_tokens=list(range(first)))            # all words, and the end of a text
         save_image(self.tokenizer.detokenize(ids[:, -N:] - first).float().clamp(0, 1), self.folder.parent / "samples.png", nrow=8)
-        self.next = f"sample.py --prompt {shlex.quote(texts[0])}"
+        self.next = next_command("sample.py", self.config, SHARED, prompt=texts[0])
         return dict(val_loss=total)
 
 class Understand:
@@ -408,7 +407,7 @@ class Understand:
         else:
             self.data, self.val = (Conversations(file, config.images, self.size, config.seed, None if config.val_data else part)
                                    for file, part in ((config.data, "train"), (config.val_data or config.data, "val")))
-            texts = [text.replace("<image>", "") for _, turns in self.data.records for turn in turns for text in turn]
+            texts = [text.replace("<image>", "") for i in range(len(self.data)) for turn in self.data.record(i)["turns"] for text in turn]
         self.val_at = range(min(config.val_images, len(self.val))) if self.val else range(VALIDATION, VALIDATION + config.val_images)
         self.lm, self.text_tokenizer = build_lm(config, texts + ["USER: ASSISTANT:"])
         self.lm.config.understand = dict(dim=model_config.dim, tokens=self.tokens, image_size=self.size, max_length=config.max_length)
@@ -421,11 +420,13 @@ class Understand:
         self.lm.requires_grad_(config.phase == "sft")
 
     def collate(self, rows):
-        images, turns = zip(*rows)
-        chats = [[row[:self.config.max_length] for row in chat(self.text_tokenizer, t, self.tokens, self.config.phase == "pretrain")] for t in turns]
+        for line in (line for row in rows for line in row.get("skipped", "").splitlines()):
+            tqdm.write(f"skipped {line}")
+        chats = [chat(self.text_tokenizer, row["turns"], self.tokens, self.config.phase == "pretrain") for row in rows]
+        chats = [(ids[:self.config.max_length], scored[:self.config.max_length]) for ids, scored in chats]
         whole = [i for i, (ids, scored) in enumerate(chats) if ids.count(IMAGE) == self.tokens and any(scored)]     # else cut before image or answer
-        if not whole: raise UserError(f"none of these {len(turns)} conversations has image and answer within --max_length {self.config.max_length}")
-        return *pad_left([chats[i] for i in whole]), torch.stack([images[i] for i in whole])
+        if not whole: raise UserError(f"none of these {len(rows)} conversations has image and answer within --max_length {self.config.max_length}")
+        return *pad_left([chats[i] for i in whole]), torch.stack([rows[i]["image"] for i in whole])
 
     def stream(self, parts, val=False):
         """-> Iterator over ids, mask, scored (b, L) and images (b, 3, h, w)."""
@@ -446,7 +447,8 @@ class Understand:
         for batch in self.stream(parts, val=True):
             total += self.loss(self.net, *(t.to(self.device) for t in batch), right).item() * len(right[-1])
         right = torch.cat(right)
-        self.next = "eval.py --vqa" if self.config.phase == "sft" else "train_ar.py --task understand --phase sft"
+        self.next = (next_command("eval.py", self.config, SHARED - {"config"}, vqa=True) if self.config.phase == "sft" else
+                     next_command("train_ar.py", self.config, SHARED | {"lm", "lm_config", "micro_batch"}, task="understand", phase="sft"))
         return dict(val_loss=total / len(right), val_accuracy=right.sum().item() / len(right))
 
 def train(config, ranks):
@@ -484,6 +486,7 @@ def train(config, ranks):
     amp, last_log = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"), (first_step, time.time())
     bar = tqdm(range(first_step, config.total_steps + 1), config.phase or "generator", config.total_steps, initial=first_step, unit="step",
                disable=not ranks.first)                                       # the last round only validates and saves
+    stop = False
     if not config.bench: ranks.catch_stop()
     if config.bench: stream, timed = itertools.repeat(next(stream)), bench(config, ranks, task.net)
     for step in bar:
@@ -496,7 +499,6 @@ def train(config, ranks):
                 found = task.validate(task.val_at[i:i + micro] for i in range(0, len(task.val_at), micro))
             task.net.train()
             log(step=step, **found)
-        stop = ranks.stopping()
         if last or stop or (step > first_step and step % config.save_every == 0):
             if ranks.size > 1:
                 optimizer.consolidate_state_dict(to=0)                        # all ranks send theirs
@@ -505,7 +507,7 @@ def train(config, ranks):
         if last or stop: break
 
         # ---- One training step -----------------------------------------------------------------------------------------
-        factor = lr_factor(step, config.warmup_steps, config.total_steps, config.end_lr / config.lr)
+        factor = lr_factor(step, config.warmup_steps, config.total_steps, min(1.0, config.end_lr / config.lr))
         for group in optimizer.param_groups:
             group["lr"] = config.lr * factor
         loss_sum = 0
@@ -517,7 +519,8 @@ def train(config, ranks):
             (loss / accumulate).backward()
             loss_sum += loss.detach() / accumulate
         grad_norm = nn.utils.clip_grad_norm_(learning, config.clip)
-        loss, grad_norm = torch.stack([ranks.sum(loss_sum) / ranks.size, grad_norm]).tolist()        # the step's one wait for the GPU
+        sums = ranks.sum(torch.stack([loss_sum, grad_norm, loss_sum.new_tensor(ranks.stop_asked)])) / ranks.size
+        loss, grad_norm, stop = sums.tolist()                                 # the step's one wait for the GPU; asked of one rank, all stop
         check_finite({"cross-entropy": loss, "gradient norm": grad_norm}, step)
         optimizer.step()
         optimizer.zero_grad()
@@ -528,12 +531,13 @@ def train(config, ranks):
             log(step=step + 1, loss=loss, grad_norm=grad_norm, lr=config.lr * factor, images_per_s=rate)
             bar.set_postfix_str(f"loss {loss:.3f}, {rate:.0f} images/s")
     if ranks.first and last:
-        task.lm.float().save_pretrained(folder)
-        task.text_tokenizer.save_pretrained(folder)
-        if config.phase: save_file(task.net.connector.state_dict(), folder / "connector.safetensors")
+        if config.phase != "pretrain":
+            task.lm.float().save_pretrained(folder)
+            task.text_tokenizer.save_pretrained(folder)
+        if config.phase == "sft": save_file(task.net.connector.state_dict(), folder / "connector.safetensors")
         report({what: f"{x:.3f}" for what, x in found.items()} | dict(parameters=f"{sum(p.numel() for p in task.net.parameters()) / 1e6:.2f} million",
                time=f"{(time.time() - start) / 60:.1f} minutes", pictures="" if config.phase else out / "samples.png", model=folder))
-        print(f"\nNext: python {task.next}{'' if str(out) == 'out/tiny' else f' --out_dir {out}'}")
+        print(f"\nNext: {task.next}")
     ranks.wait()
     if stop and not last: ranks.say(f"stopped at step {step}, all saved. Go on with: {resume_command()}")
     return last

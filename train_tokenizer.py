@@ -12,8 +12,8 @@ Train the VQRAE tokenizer: the paper's two stages, and before them a stage 0 for
     stage 1   encoder frozen; codebook and decoder learn to reconstruct       (eq. 4)   -> stage1.pt, tokenizer-stage1/
     stage 2   encoder too, held to its old features by distillation           (eq. 6)   -> stage2.pt, tokenizer-stage2/
 """
-import copy, functools, io, itertools, json, math, os, re, shlex, signal, sys, tarfile, time, zlib
-from dataclasses import asdict, dataclass
+import copy, functools, hashlib, io, itertools, json, math, os, re, tarfile, time, zlib
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -23,12 +23,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as TF
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 from vqrae import (MODELS, VQRAE, Discriminator, Encoder, Log, PerceptualLoss, Ranks, UserError, VQRAEConfig, bench, check_finite, check_run,
-                   command_line, distill_loss, explained, full, hinge_d_loss, lecam, load_checkpoint, load_encoder_weights, open_run, parse_config,
-                   print_config, psnr, report, resume_command, save_checkpoint, save_tokenizer, split_batch)
+                   code_usage, command_line, distill_loss, explained, full, hinge_d_loss, ignore_signals, lecam, load_checkpoint,
+                   load_encoder_weights, lr_factor, next_command, open_run, parse_config, print_config, psnr, report, resize, resume_command,
+                   save_checkpoint, save_tokenizer, split_batch)
 
 # ---- Configuration. Defaults: stage 1 of SigLIP2-so400m 256. Sources: [T7] the paper's Table 7, [TiTok] inherited from the code it adapts, [ours].
 @dataclass
@@ -45,6 +46,7 @@ class TrainConfig:
     bench: int = 0                        # time that many steps of stage 1 or 2 on one batch, and stop; no checkpoint is written
     profile: bool = False                 # with --bench: torch.profiler's table of where the time goes
     precision: Literal["bf16", "float32", "float64"] = "bf16"  # [T7] autocast; losses and code distances stay float32
+    loss_precision: Literal["bf16", "float32"] = "float32"  # [TiTok] of the perceptual networks and the discriminator; bf16 is faster on a GPU
     compile: bool = False                 # torch.compile of the tokenizer: some minutes first, then faster steps on a GPU
     checkpointing: bool = False           # recompute activations in the backward pass: less memory, more time
     tf32: bool = False                    # float32 products in TensorFloat-32 on a GPU, the code search included
@@ -103,6 +105,10 @@ PRESETS = {
     ("tiny", 2): dict(total_steps=760, lr=1e-3, end_lr=1e-4, encoder_lr=1e-3, distill_weight=0.2, disc_start=700, disc_weight=0.001),     # [ours]
 }
 
+# The flags that a run's next stage takes over.
+CARRIED = {"config", "data", "val_data", "out_dir", "device", "seed", "batch_size", "micro_batch", "num_workers", "perceptual", "lpips_weights",
+           "convnext_weights", "precision", "loss_precision", "compile", "checkpointing", "tf32", *(f.name for f in fields(VQRAEConfig))}
+
 def preset_order(values):
     return [("stage", values["stage"]), values["config"], (values["config"], values["stage"])]
 
@@ -123,12 +129,9 @@ def decode(data):
     return image.convert("RGB")
 
 def crop(image, size, u=(0.5, 0.5, 1.0), flip=False):
-    """Shorter edge to `size` (bicubic, antialiased), then a crop -> (3, size, size) uint8. u in [0, 1]: where across, where
-    down, and below 0.5 flipped where `flip` allows. The default is the centre."""
-    scale = size / min(image.size)
-    image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
-    left, top = (min(int(a * (room + 1)), room) for a, room in zip(u, (image.width - size, image.height - size)))
-    image = TF.pil_to_tensor(image.crop((left, top, left + size, top + size)))
+    """The largest square of a PIL image, at u[0] across and u[1] down (in [0, 1]; default: the centre), resized (bicubic, antialiased)
+    -> (3, size, size) uint8; flipped for u[2] below 0.5 where `flip` allows. The same as a crop after the resize, but sooner done."""
+    image = TF.pil_to_tensor(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC, centering=u[:2]))
     return image.flip(-1) if flip and u[2] < 0.5 else image
 
 @functools.lru_cache(maxsize=4)
@@ -140,34 +143,37 @@ def shuffled(position, n, seed):
     return int(shuffle(n, seed + position // n)[position % n])
 
 class Images(torch.utils.data.Dataset):
-    """Images of a folder or of tar shards by position, `size` pixels a side, with caption and class. Unreadable ones are stepped over."""
-    def __init__(self, source, size, seed=0, train=True, random_crop=False, random_flip=False, part=None):
+    """Images of a folder or of tar shards by position, `size` pixels a side, with caption and class. Unreadable ones are stepped over.
+    part: None for all, "train" for all but every 20th, "val" for those. index_dir: where the shards' index is kept."""
+    def __init__(self, source, size, seed=0, train=True, random_crop=False, random_flip=False, part=None, index_dir="out"):
         self.source, self.size, self.seed, self.train, self.random_crop, self.random_flip = source, size, seed, train, random_crop, random_flip
-        self.records = split_off(read_tars(source) if source.endswith(".tar") else read_folder(source), part)
-        if not self.records: raise UserError(f"{source} is too small to hold validation images out: name some with --val_data")
+        self.records, self.skipped = self.read(source, index_dir), set()
+        self.chosen = np.arange(len(self.records))                            # by number: the list itself may be as long as the disk is large
+        if part: self.chosen = self.chosen[(self.chosen % 20 == 0) == (part == "val")]
+        if not len(self): raise UserError(f"{source} is too small to hold every 20th out for validation: name some with --val_data")
+
+    def read(self, source, index_dir):
+        return Shards(source, index_dir) if source.endswith(".tar") else read_folder(source)
 
     def __len__(self):
-        return len(self.records)
+        return len(self.chosen)
 
     def record(self, position):
-        return self.records[shuffled(position, len(self), self.seed) if self.train else position % len(self)]
+        return self.records[self.chosen[shuffled(position, len(self), self.seed) if self.train else position % len(self)]]
+
+    def load(self, record, u):
+        image = crop(decode(read_bytes(*record["image"])), self.size, u if self.random_crop else (0.5, 0.5, u[2]), self.random_flip)
+        text = record["text"] if isinstance(record["text"], str) else read_bytes(*record["text"]).decode("utf-8", "replace")
+        return dict(image=image, text=text.strip(), label=record["label"], name=record["name"])
 
     def __getitem__(self, position):
         u, skipped = torch.rand(3, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + position)).tolist(), []
-        u = u if self.random_crop else [0.5, 0.5, u[2]]
         for record in map(self.record, range(position, position + len(self))):       # an unreadable image's place goes to the next
             try:
-                image = crop(decode(read_bytes(*record["image"])), self.size, u, self.random_flip)
+                return self.load(record, u) | dict(skipped="\n".join(skipped))
             except Exception as error:                                        # PIL raises anything on damaged files
-                skipped.append(f"{record['name']}: {error}")
-                continue
-            text = record["text"] if isinstance(record["text"], str) else read_bytes(*record["text"]).decode("utf-8", "replace")
-            return dict(image=image, text=text.strip(), label=record["label"], name=record["name"], skipped=skipped)
+                skipped.append(f"{record['name']}: {' '.join(str(error).split())}")
         raise UserError(f"no readable image in {self.source}: the first is {skipped[0]}")
-
-def split_off(records, part):
-    """part: None for all, "train" for all but every 20th, "val" for those."""
-    return [r for i, r in enumerate(records) if part is None or (i % 20 == 0) == (part == "val")]
 
 def read_bytes(path, offset, size):
     """size -1: the whole file."""
@@ -195,47 +201,63 @@ def read_folder(folder):
         records.append(dict(name=str(path), image=(str(path), 0, -1), text=text, label=str(label)))
     return records
 
-def read_tars(pattern):
-    """Members of webdataset shards (key.jpg, key.txt) by file, offset and size. A damaged tar is named and left there."""
-    paths = [pattern]
-    while match := re.search(r"\{(\d+)\.\.(\d+)\}", paths[0]):
-        paths = [p.replace(match[0], str(n).zfill(len(match[1])), 1) for p in paths for n in range(int(match[1]), int(match[2]) + 1)]
-    members = {}
-    for path in paths:
+class Shards:
+    """Images in webdataset shards (key.jpg, key.txt) as a sequence of records like read_folder's. The tars are listed once: where in them
+    each image and caption lies stands in `index_dir`/index-*.npy, mapped into memory by all ranks and workers, until a shard changes."""
+    def __init__(self, pattern, index_dir):
+        self.paths = [pattern]
+        while match := re.search(r"\{(\d+)\.\.(\d+)\}", self.paths[0]):
+            numbers = [str(n).zfill(len(match[1])) for n in range(int(match[1]), int(match[2]) + 1)]
+            self.paths = [path.replace(match[0], number, 1) for path in self.paths for number in numbers]
+        facts = [(path, os.path.exists(path) and (os.path.getsize(path), os.path.getmtime(path))) for path in self.paths]
+        file = Path(index_dir) / f"index-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.npy"
+        if not file.exists():
+            rows, errors = zip(*map(self.listing, tqdm(range(len(self.paths)), "index", unit="tar")))
+            if not any(map(len, rows)): raise UserError(f"--data {pattern}: no readable shard with images{''.join(errors)}")
+            if any(errors): print(f"skipped, from the damage on, {sum(map(bool, errors))} of {len(self.paths)} shards{''.join(errors)}")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            np.save(partial := file.with_suffix(".partial.npy"), np.concatenate([part for part in rows if len(part)]))
+            partial.replace(file)
+        self.rows = np.load(file, mmap_mode="r")
+
+    def listing(self, shard):
+        """-> one row for each image of a shard: shard, offset and size of image and caption, key; and what is wrong with the tar."""
+        members, error = {}, ""
         try:
-            with tarfile.open(path) as tar:
+            with tarfile.open(self.paths[shard]) as tar:
                 for m in tar:
                     stem, suffix = os.path.splitext(m.name)
-                    members.setdefault((path, stem), {})[suffix.lower()] = (path, m.offset_data, m.size)
-        except (OSError, tarfile.TarError) as error:
-            print(f"skipped {path}: {error}")
-    records = [dict(name=f"{path}:{stem}", image=image, text=parts.get(".txt", ""), label=os.path.basename(os.path.dirname(stem)))
-               for (path, stem), parts in members.items() if (image := next((parts[s] for s in sorted(IMAGE_SUFFIXES & parts.keys())), None))]
-    if not records: raise UserError(f"--data {pattern}: no readable shard with images")
-    return records
+                    members.setdefault(stem, {})[suffix.lower()] = (m.offset_data, m.size)
+        except (OSError, tarfile.TarError) as problem:
+            error = f"; {self.paths[shard]}: {problem}"
+        rows = [(shard, *image, *parts.get(".txt", (0, 0)), stem.encode()) for stem, parts in members.items()
+                if (image := next((parts[s] for s in sorted(IMAGE_SUFFIXES & parts.keys())), None))]
+        longest = max([1, *(len(row[-1]) for row in rows)])
+        return np.array(rows, f"u4, u8, u4, u8, u4, S{longest}"), error
 
-def batches(dataset, size, positions, batch, num_workers=0):
-    """Yield dicts of image (batch, 3, size, size) float in [0, 1], text and skipped for consecutive `positions`; of files also label and name."""
-    if dataset is None:                                                       # shapes, drawn when they are needed; with their scene
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        shard, at, size, text_at, text_size, key = self.rows[i].item()
+        path, key = self.paths[shard], key.decode("utf-8", "replace")
+        return dict(name=f"{path}:{key}", image=(path, at, size), text=(path, text_at, text_size), label=os.path.basename(os.path.dirname(key)))
+
+def batches(dataset, size, positions, batch, num_workers=0, device="cpu"):
+    """Yield dicts of image (batch, 3, size, size) float in [0, 1] on `device` and text for consecutive `positions`; of files also label
+    and name, of shapes their scene. Unreadable files are named once, and kept in dataset.skipped."""
+    if dataset is None:                                                       # shapes, drawn when they are needed
         for index in torch.utils.data.BatchSampler(positions, batch, drop_last=False):
             scene = plan(torch.tensor(index))
-            yield dict(image=resize(render(scene), size), text=captions(scene), skipped=[], scene=scene)
+            yield dict(image=resize(render(scene), size).to(device), text=captions(scene), scene=scene)
         return
-    for item in torch.utils.data.DataLoader(dataset, batch, sampler=positions, num_workers=num_workers, collate_fn=collate,
-                                            worker_init_fn=ignore_signals, generator=torch.Generator()):      # its own: iter() draws from it
-        yield item | dict(image=item["image"].float() / 255)
-
-def collate(items):
-    joined = {key: [item[key] for item in items] for key in items[0]}
-    return joined | dict(image=torch.stack(joined["image"]), skipped=sum(joined["skipped"], []))
-
-def ignore_signals(_):
-    """torchrun and Ctrl-C signal the workers too; the training process alone decides when to stop."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-def resize(images, size):
-    return images if images.shape[-1] == size else F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+    loader = torch.utils.data.DataLoader(dataset, batch, sampler=positions, num_workers=num_workers, worker_init_fn=ignore_signals,
+                                         pin_memory=torch.device(device).type == "cuda", generator=torch.Generator())    # its own: iter() draws
+    for item in loader:
+        for line in {line for text in item["skipped"] for line in text.splitlines()} - dataset.skipped:
+            dataset.skipped.add(line)
+            tqdm.write(f"skipped {line}")
+        yield item | dict(image=item["image"].to(device, non_blocking=True).float().div_(255))        # bytes until here
 
 # ---- Stage 0 (ours; only where encoder_weights is "stage0"): a small ViT learns what SigLIP2 learns, in seconds. Captions by
 # SigLIP's sigmoid loss, and what is where (SigLIP2 learns that from a decoder that names regions and boxes, we from the renderer). No
@@ -276,26 +298,21 @@ def pretrain(config, model_config, ranks, path):
         torch.manual_seed(config.seed)
         net = Pretrainer(Encoder(model_config), model_config.dim).to(ranks.device)
         optimizer = torch.optim.AdamW(net.parameters(), lr=config.stage0_lr, betas=(config.beta1, config.beta2), weight_decay=0.05)
-        bar = tqdm(batches(None, model_config.image_size, range(16 * config.stage0_steps), 16), "stage 0", config.stage0_steps, unit="step")
-        for step, batch in enumerate(bar):
+        stream = batches(None, model_config.image_size, range(16 * config.stage0_steps), 16, device=ranks.device)
+        for step, batch in enumerate(bar := tqdm(stream, "stage 0", config.stage0_steps, unit="step")):
             optimizer.param_groups[0]["lr"] = config.stage0_lr * lr_factor(step, 30, config.stage0_steps, 0.01)
-            losses = net(batch["image"].to(ranks.device), batch["text"], batch["scene"])
+            losses = net(batch["image"], batch["text"], batch["scene"])
             values = {name: loss.item() for name, loss in losses.items()}
-            check_finite(values, step)
+            check_finite(values, step, "try a lower --stage0_lr")
             optimizer.zero_grad()
             sum(losses.values()).backward()
             nn.utils.clip_grad_norm_(net.parameters(), config.clip)
             optimizer.step()
             bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
-        save_checkpoint(path, dict(encoder=net.encoder.vit.state_dict()))
+        save_checkpoint(path, dict(encoder=net.encoder.vit.state_dict(), model_config=asdict(model_config)))
     ranks.wait()
 
 # ---- Stages 1 and 2 -------------------------------------------------------------------------------------------------
-def lr_factor(step, warmup, total, floor):
-    """Linear warmup to 1, cosine to `floor`."""
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return (step + 1) / warmup if step < warmup else floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-
 def parameter_groups(model, config):
     """Encoder and the rest at their own rates; weight decay on matrices alone."""
     groups = {}
@@ -313,7 +330,8 @@ def starting_point(config, model_config, ranks, resumed):
     if config.stage == 2 and config.init_from != "none":
         path = run / "stage1.pt"
         if not path.exists():
-            raise UserError(f"stage 2 starts from {path}, which is not there: run `{command(config, model_config, 1)}` first, or pass --init_from")
+            stage1 = next_command("train_tokenizer.py", config, CARRIED)
+            raise UserError(f"stage 2 starts from {path}, which is not there: run `{stage1}` first, or pass --init_from")
         stage1 = load_checkpoint(path)
         check_same_model(stage1["model_config"], model_config, path)
         model.load_state_dict(stage1["ema"], strict=True)
@@ -325,11 +343,12 @@ def starting_point(config, model_config, ranks, resumed):
             missing = not source.exists()
             ranks.wait()                                                      # nobody writes before all have looked
             if missing: pretrain(config, model_config, ranks, source)
+            check_same_model(load_checkpoint(source)["model_config"], model_config, source, ("encoder", "encoder_kwargs", "patch_size", "dim"))
         load_encoder_weights(model.encoder, str(source))
     return model, copy.deepcopy(model.encoder).requires_grad_(False).eval()   # before anything moves
 
-def check_same_model(saved, model_config, path):
-    differ = [f"{name} is {saved.get(name)} there, {value} here" for name, value in asdict(model_config).items() if saved.get(name) != value]
+def check_same_model(saved, model_config, path, names=asdict(VQRAEConfig())):
+    differ = [f"{name} is {saved.get(name)} there, {here} here" for name in names if saved.get(name) != (here := getattr(model_config, name))]
     if differ: raise UserError(f"{path} is of another model: {', '.join(differ)}")
 
 @torch.no_grad()
@@ -339,38 +358,26 @@ def start_bottleneck(model, config, dataset, ranks):
     if ranks.first:
         size, p, Z_I, pixels = model.config.image_size, model.config.patch_size, [], []
         positions = range(max(64, 32 * model.config.codebook_size // model.config.num_tokens))
-        for batch in batches(dataset, size, positions, min(64, config.batch_size), config.num_workers):
-            images = batch["image"].to(ranks.device)
-            Z_I.append(model.encode(images).flatten(0, 1))                                    # (B N, d)
-            pixels.append(F.unfold(images, p, stride=p).transpose(1, 2).unflatten(2, (3, -1)).flatten(0, 1))      # (B N, 3, p p)
+        for batch in batches(dataset, size, positions, min(64, config.batch_size), config.num_workers, ranks.device):
+            Z_I.append(model.encode(batch["image"]).flatten(0, 1))                            # (B N, d)
+            pixels.append(F.unfold(batch["image"], p, stride=p).transpose(1, 2).unflatten(2, (3, -1)).flatten(0, 1))      # (B N, 3, p p)
         model.start_on(torch.cat(Z_I), torch.cat(pixels))
     if ranks.size > 1:
         for tensor in (*model.to_code.state_dict().values(), *(model.quantizer.state_dict().values() if model.quantizer else [])):
             torch.distributed.broadcast(tensor, 0)
 
 @torch.no_grad()
-def validate(model, dataset, config, device):
-    """-> mean PSNR of val_images images (shuffled: files are sorted), codebook usage on them, and a grid of originals over reconstructions."""
-    psnrs, used, grid = [], torch.zeros(model.config.codebook_size, dtype=torch.bool), None
+def validate(model, dataset, config, device, path):
+    """-> mean PSNR of val_images images (shuffled: files are sorted), codebook usage on them. Draws originals over reconstructions -> path."""
+    psnrs, used = [], torch.zeros(model.config.codebook_size, dtype=torch.bool)
     positions = range(VALIDATION, VALIDATION + config.val_images) if dataset is None else shuffle(len(dataset), 0)[:config.val_images].tolist()
-    for batch in batches(dataset, model.config.image_size, positions, 32):
-        images = batch["image"].to(device)
-        out = model(images)
-        target = resize(images, model.config.output_size)
+    for batch in batches(dataset, model.config.image_size, positions, 32, device=device):
+        out = model(batch["image"])
+        target = resize(batch["image"], model.config.output_size)
+        if not psnrs: save_image(torch.cat([F.pad(target, (0, 0, 0, 2)), out.reconstruction.clamp(0, 1)], 2)[:16], path)       # 8 across
         psnrs.append(psnr(out.reconstruction, target))
         if out.indices is not None: used[out.indices.flatten().cpu()] = True
-        if grid is None:
-            grid = make_grid(torch.cat([F.pad(target, (0, 0, 0, 2)), out.reconstruction.clamp(0, 1)], 2)[:16])       # 8 across
-    return torch.cat(psnrs).mean().item(), used.float().mean().item(), grid
-
-def command(config, model_config, stage):
-    """The shell command of `stage` of this run, for messages."""
-    kept = "config data val_data out_dir device precision seed batch_size micro_batch num_workers perceptual lpips_weights convnext_weights"
-    given = {word.split("=")[0].removeprefix("--") for word in sys.argv}
-    here = {name: getattr(config, name) for name in kept.split() if name in given} | ({} if stage == 1 else dict(stage=stage))
-    here |= {name: value for name, value in asdict(model_config).items() if value != getattr(MODELS[config.config], name)}
-    flags = [(f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)) for name, value in here.items()]
-    return shlex.join(["python", "train_tokenizer.py", *itertools.chain(*flags)])
+    return torch.cat(psnrs).mean().item(), used.float().mean().item()
 
 def train(config, model_config, ranks):
     out, device, start = Path(config.out_dir), ranks.device, time.time()
@@ -378,9 +385,10 @@ def train(config, model_config, ranks):
     if resumed := open_run(path, config): check_same_model(resumed["model_config"], model_config, path)
     local, micro, accumulate = split_batch(config, ranks)
     size, val_source, split = model_config.image_size, config.val_data or config.data, not config.val_data and config.data != "shapes"
-    data = None if config.data == "shapes" else Images(config.data, size, config.seed, True, config.random_crop, config.random_flip,
-                                                       part="train" if split else None)
-    val_data = None if val_source == "shapes" else Images(val_source, size, train=False, part="val" if split else None)
+    with ranks.first_alone():
+        data = None if config.data == "shapes" else Images(config.data, size, config.seed, True, config.random_crop, config.random_flip,
+                                                           "train" if split else None, out)
+        val_data = None if val_source == "shapes" else Images(val_source, size, train=False, part="val" if split else None, index_dir=out)
     torch.manual_seed(config.seed)
     model, teacher = starting_point(config, model_config, ranks, resumed)
     torch.manual_seed(config.seed)                                            # the same from here on, whether stage 0 ran just now or not
@@ -391,6 +399,7 @@ def train(config, model_config, ranks):
     model.encoder.requires_grad_(not frozen)
     if not resumed and (config.stage == 1 or config.init_from == "none"): start_bottleneck(model, config, data, ranks)
     nn.ModuleList(filter(None, (model, teacher, perceptual, discriminator))).to(device, dtype)
+    nn.ModuleList(filter(None, (perceptual, discriminator))).to(memory_format=torch.channels_last)      # faster convolutions, the same numbers
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = config.tf32
@@ -413,11 +422,11 @@ def train(config, model_config, ranks):
     net, d_net = ranks.run(model), discriminator and ranks.run(discriminator)
     counts = torch.zeros(model_config.codebook_size, device=device)           # how often each code was used since the last log line
     positions = (step * config.batch_size + ranks.rank * local + i for step in range(first_step, config.total_steps) for i in range(local))
-    stream = batches(data, size, positions, micro, config.num_workers)
+    stream = batches(data, size, positions, micro, config.num_workers, device)
     log = Log(out / f"log_stage{config.stage}.jsonl", first_step, ranks.first and not config.bench)
     bar = tqdm(total=config.total_steps, initial=first_step, desc=f"stage {config.stage}", unit="step", disable=not ranks.first)
     weights = dict(l2=config.l2_weight, perceptual=config.perceptual_weight, quant=1.0, distill=config.distill_weight, adversarial=config.disc_weight)
-    skipped, last_log, warned, floor = 0, (first_step, time.time()), False, min(1.0, config.end_lr / config.lr)
+    stop, last_log, warned, floor = False, (first_step, time.time()), False, min(1.0, config.end_lr / config.lr)
     if not config.bench: ranks.catch_stop()
     if config.bench: stream, timed = itertools.repeat(next(stream)), bench(config, ranks, model)
 
@@ -426,10 +435,8 @@ def train(config, model_config, ranks):
         # Once in a while: validate, draw, save.
         last = step == config.total_steps
         if ranks.first and (last or (step > first_step and step % config.eval_every == 0)):
-            *val, grid = validate(ema, val_data, config, device)
-            save_image(grid, pictures)
+            val = validate(ema, val_data, config, device, pictures)
             log(step=step, val_psnr=val[0], val_codebook_usage=val[1])
-        stop = ranks.stopping()
         if ranks.first and (last or stop or (step > first_step and step % config.save_every == 0)):
             save_checkpoint(path, {name: part and part.state_dict() for name, part in parts.items()} | dict(
                 step=step, lecam=lecam_means, rng=torch.get_rng_state(), config=asdict(config), model_config=asdict(model_config)))
@@ -443,30 +450,31 @@ def train(config, model_config, ranks):
         sums = {}
         for i in range(accumulate):
             batch = next(stream)
-            images = batch["image"].to(device, dtype)                         # (b, 3, h, w)
-            for line in batch["skipped"]:
-                skipped += 1
-                tqdm.write(f"skipped {line}")
+            images = batch["image"].to(dtype=dtype)                           # (b, 3, h, w)
             net.require_backward_grad_sync = i == accumulate - 1              # DDP averages gradients in backward: once a step is enough
-            amp = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+            amp, loss_amp = (torch.autocast(device.type, torch.bfloat16, enabled=p == "bf16") for p in (config.precision, config.loss_precision))
             with amp:
                 X, Z_I, indices, vq_loss = net(images)                        # (b, 3, H, W), (b, N, d), (b, N), ()
             X, target = full(X), resize(images, model_config.output_size)     # (b, 3, H, W) each; losses in float32 from here
             terms = dict(l2=F.mse_loss(X, target), quant=vq_loss)                                                # eq. 2, 3
-            if perceptual: terms["perceptual"] = perceptual(target, X)
+            if perceptual:
+                with loss_amp:
+                    terms["perceptual"] = perceptual(target, X)
             if config.distill_weight and not frozen:
                 with torch.no_grad(), amp:
                     T_X = teacher(images)                                     # (b, N, d)
                 terms["distill"] = distill_loss(Z_I, T_X)                                                        # eq. 5
             if adversarial:                                                   # it only judges here: no gradient of its own, so no DDP
                 discriminator.requires_grad_(False)
-                terms["adversarial"] = -discriminator(X).mean()
+                with loss_amp:
+                    terms["adversarial"] = -full(discriminator(X)).mean()
             loss = sum(weights[name] * term for name, term in terms.items())                                     # eq. 4, 6
             (loss / accumulate).backward()
             if adversarial:
                 discriminator.requires_grad_(True)
                 d_net.require_backward_grad_sync = net.require_backward_grad_sync
-                real, fake = d_net(torch.cat([target, X.detach()])).chunk(2)                                     # (b, 1, 16, 16) each
+                with loss_amp:
+                    real, fake = full(d_net(torch.cat([target, X.detach()]))).chunk(2)                           # (b, 1, 16, 16) each
                 real_mean, fake_mean = ranks.mean_with_grad(real.mean()), ranks.mean_with_grad(fake.mean())
                 terms["discriminator"] = hinge_d_loss(real, fake)
                 terms["lecam"] = lecam(real_mean, fake_mean, *lecam_means)
@@ -476,15 +484,16 @@ def train(config, model_config, ranks):
                 sums[name] = sums.get(name, 0) + full(term.detach()) / accumulate
             if indices is not None:                                           # bincount would wait for the GPU
                 counts.index_add_(0, indices.flatten(), torch.ones(indices.numel(), device=device))
-        sums["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        sums |= dict(grad_norm=nn.utils.clip_grad_norm_(model.parameters(), config.clip), stop=X.new_tensor(ranks.stop_asked))
+        if adversarial: sums["disc_grad_norm"] = nn.utils.clip_grad_norm_(discriminator.parameters(), config.clip)
         sums = dict(zip(sums, (ranks.sum(torch.stack([*sums.values()])) / ranks.size).tolist()))       # the step's one wait for the GPU
         check_finite(sums, step)
+        stop = sums.pop("stop") > 0                                           # asked of any rank: all save the same step
         optimizer.step()
         optimizer.zero_grad()
         if adversarial:
             d_factor = lr_factor(step - config.disc_start, config.warmup_steps, config.total_steps - config.disc_start, floor)
             d_optimizer.param_groups[0]["lr"] = config.disc_lr * d_factor
-            nn.utils.clip_grad_norm_(discriminator.parameters(), config.clip)
             d_optimizer.step()
             d_optimizer.zero_grad()
         decay = min(config.ema_decay, (1 + step) / (10 + step))
@@ -494,14 +503,14 @@ def train(config, model_config, ranks):
         # ----------------------------------------------------------------------------------------------------------------
         bar.update()
         if (step + 1) % config.log_every == 0:
-            used = ranks.sum(counts)
-            usage, perplexity = (used > 0).float().mean().item(), torch.special.entr(used / used.sum().clamp(min=1)).sum().exp().item()
-            counts = torch.zeros_like(counts)
+            (usage, perplexity, _), counts = code_usage(ranks.sum(counts)), torch.zeros_like(counts)
+            codes = dict(codebook_usage=usage, perplexity=perplexity) if model.quantizer else {}
             rate = (step + 1 - last_log[0]) * config.batch_size / (time.time() - last_log[1])
             last_log = step + 1, time.time()
-            log(step=step + 1, **sums, lr=config.lr * factor, images_per_s=rate, codebook_usage=usage, perplexity=perplexity, skipped=skipped)
-            bar.set_postfix_str(f"loss {sums['loss']:.4f}, PSNR {-10 * math.log10(sums['l2']):.1f}, codes {usage:.0%}, {rate:.0f} images/s")
-            if model.quantizer and usage < 0.1 and step > config.warmup_steps and not warned:
+            log(step=step + 1, **sums, lr=config.lr * factor, images_per_s=rate, **codes, skipped=len(data.skipped) if data else 0)
+            shown = f"codes {usage:.0%}, " if codes else ""
+            bar.set_postfix_str(f"loss {sums['loss']:.4f}, PSNR {-10 * math.log10(sums['l2']):.1f}, {shown}{rate:.0f} images/s")
+            if codes and usage < 0.1 and step > config.warmup_steps and not warned:
                 warned = True
                 ranks.say(f"\nwarning: only {usage:.1%} of the codes are in use. Try a larger --codebook_dim (at least {model_config.dim}), "
                           f"a longer --warmup_steps, a lower --lr, or a smaller --codebook_size")
@@ -515,9 +524,9 @@ def train(config, model_config, ranks):
         newest.symlink_to(folder.name)
         report({"stage": config.stage, "validation PSNR": f"{val[0]:.2f} dB",
                 "validation codebook use": ema.quantizer and f"{val[1]:.1%} of {model_config.codebook_size} codes",
-                "time": f"{(time.time() - start) / 60:.1f} minutes", "pictures": pictures, "tokenizer": folder, "unreadable images": skipped})
-        scoring = shlex.join(["python", "eval.py", "--data", val_source, "--out_dir", str(out), *["--part", "val"] * split])
-        print(f"\nNext: {command(config, model_config, 2) if config.stage == 1 else scoring}")
+                "time": f"{(time.time() - start) / 60:.1f} minutes", "pictures": pictures, "tokenizer": folder, "unreadable images": data and len(data.skipped)})
+        print("\nNext:", next_command("train_tokenizer.py", config, CARRIED, stage=2) if config.stage == 1 else
+              next_command("eval.py", config, {"device", "lpips_weights"}, data=val_source, out_dir=out, **dict(part="val") if split else {}))
     ranks.wait()
 
 def main():
@@ -533,7 +542,7 @@ def main():
     path = Path(config.out_dir) / "stage0.pt"
     if path.exists() and not config.overwrite: raise UserError(f"{path} exists: --overwrite makes it anew")
     pretrain(config, model_config, ranks, path)
-    ranks.say(f"wrote {path}\nNext: {command(config, model_config, 1)}")
+    ranks.say(f"wrote {path}\nNext: {next_command('train_tokenizer.py', config, CARRIED)}")
 
 # ---- The shapes world: 64 x 64 pictures of one to four objects, drawn by the thousand a second. Picture i is a function of i
 # alone. From VALIDATION on they are for validation, and only there do HELD_OUT pairs of shape and colour appear.
@@ -659,23 +668,22 @@ ATLAS = draw_atlas()
 PIXELS = torch.cartesian_prod(torch.arange(WINDOW) + 0.5, torch.arange(WINDOW) + 0.5).flip(1)      # (W W, 2): x, y
 
 def masks(shape, x, y, radius, angle):
-    """M objects, (M,) each -> their coverage (M, WINDOW, WINDOW) in [0, 1], anti-aliased, and the window's left and top (M,)."""
+    """M objects, (M,) each -> their coverage (M, WINDOW, WINDOW) in [0, 1], anti-aliased; rows (M, WINDOW, 1) and columns (M, 1, WINDOW)."""
     left, top = ((c - WINDOW / 2).round().clamp(0, SIDE - WINDOW) for c in (x, y))
     cos, sin = angle.cos() / radius / EXTENT, angle.sin() / radius / EXTENT
     turn = torch.stack([cos, -sin, sin, cos], -1).view(-1, 2, 2)
     center = torch.stack([x - left, y - top], -1)[:, None]                    # (M, 1, 2)
     grid = torch.baddbmm(-center @ turn, PIXELS.expand(len(x), -1, -1), turn)  # (M, W W, 2): where in the atlas each pixel lies
     distance = F.grid_sample(ATLAS[shape], grid.view(-1, WINDOW, WINDOW, 2), padding_mode="border", align_corners=True)[:, 0]
-    return distance.mul_(radius[:, None, None]).add_(0.5).clamp_(0, 1), left.long(), top.long()
+    rows, columns = (torch.arange(WINDOW) + corner.long()[:, None] for corner in (top, left))
+    return distance.mul_(radius[:, None, None]).add_(0.5).clamp_(0, 1), rows[:, :, None], columns[:, None]
 
 def draw_layers(scene):
     """Scene -> (B, 6, 64, 64): how much of each pixel four objects and the background cover, and the background's slope there."""
     b, k = scene.present.nonzero(as_tuple=True)
-    cover, left, top = masks(*(t[b, k] for t in (scene.shape, scene.x, scene.y, scene.radius, scene.angle)))
+    cover, rows, columns = masks(*(t[b, k] for t in (scene.shape, scene.x, scene.y, scene.radius, scene.angle)))
     layers = torch.zeros(len(scene.count), 6, SIDE, SIDE)
-    at = torch.arange(WINDOW)
-    corner = ((b * 6 + k) * SIDE + top) * SIDE + left
-    layers.view(-1)[(corner[:, None, None] + at[:, None] * SIDE + at).flatten()] = cover.flatten()
+    layers[b[:, None, None], k[:, None, None], rows, columns] = cover
     torch.sub(1, layers[:, :4].sum(1), out=layers[:, 4])
     axis = (torch.arange(SIDE) + 0.5) / SIDE - 0.5
     torch.mul(layers[:, 4], scene.slope[:, 0, None, None] * axis + scene.slope[:, 1, None, None] * axis[:, None], out=layers[:, 5])

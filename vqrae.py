@@ -175,12 +175,28 @@ def full(x):
 def no_autocast(x):
     return contextlib.nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
 
+def has_bf16(device):
+    """Does this device multiply bfloat16 matrices faster than float32 ones?"""
+    if device.type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
 @torch.no_grad()
-def nearest(z, codes, max_elements=1 << 23):
+def nearest(z, codes, max_elements=1 << 23, candidates=8):
     """Index of the nearest row (l2) of codes (k, e) for each of z (M, e) -> (M,). |z - c|^2 = |z|^2 - 2 z.c + |c|^2, whose
-    first term the argmin does not see. In slices of rows: of the M x k distances at most 32 MB in float32 exist at once."""
-    half = codes.square().sum(1) / 2                                          # (k,)
-    return torch.cat([torch.addmm(half, rows, codes.T, alpha=-1).argmin(1) for rows in z.split(max(1, max_elements // len(codes)))])
+    first term the argmin does not see. In slices of rows: of the M x k distances at most 32 MB in float32 exist at once.
+    A large codebook's products are taken in bfloat16 where that is fast, and float32 decides among the nearest few."""
+    mean = codes.mean(0)
+    z, codes = z - mean, codes - mean                                         # the same distances of smaller numbers, which round better
+    half, found = codes.square().sum(1) / 2, []                               # (k,)
+    low = codes.bfloat16() if z.dtype == torch.float32 and codes.numel() >= 1 << 22 and has_bf16(z.device) else None
+    for rows in z.split(max(1, max_elements // len(codes))):                  # (m, e)
+        if low is None:
+            found.append(torch.addmm(half, rows, codes.T, alpha=-1).argmin(1))
+            continue
+        few = (half - rows.bfloat16() @ low.T).topk(candidates, largest=False).indices          # (m, candidates)
+        exact = half[few] - (codes[few] @ rows[:, :, None])[..., 0]           # (m, candidates)
+        found.append(few.gather(1, exact.argmin(1, keepdim=True))[:, 0])
+    return torch.cat(found)
 
 class SimVQ(nn.Module):
     """SimVQ (Zhu et al. 2024), eq. 1: the codes are C W with C frozen and only W learned, so that one used code moves all of them and none
@@ -263,11 +279,15 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         z, indices, vq_loss = self.quantizer(z) if self.quantizer is not None else (z, None, z.new_zeros(()))        # Z_q (B, N, e)
         return Output(self.decoder(self.from_code(z)), Z_I, indices, vq_loss)
 
+    def need_quantizer(self):
+        if self.quantizer is None: raise UserError("a tokenizer with quantizer none (RAE) has no tokens: train one with --quantizer simvq")
+
     @torch.no_grad()
     def start_on(self, Z_I, pixels):                                          # M patches: features (M, d), pixels (M, 3, p p)
         """Start the bottleneck on data. to_code: the linear map (ridge regression) from a patch's features to its pixels, in their
-        principal components, at unit variance, so that near in the code space means alike to the eye. The codes: k means of 16 k
-        such latents, drawn in proportion to their detail; otherwise flat backgrounds take most. Measured: README, "Bottleneck start"."""
+        principal components, so that near in the code space means alike to the eye, at a standard deviation of 0.3: L_quant grows with
+        its square, and at 1 drowns the other losses. The codes: k means of 16 k such latents, drawn in proportion to their detail;
+        otherwise flat backgrounds take most. Measured: README, "Bottleneck start"."""
         norm, linear = self.to_code
         x, y = norm(Z_I), pixels.flatten(1)                                   # (M, d), (M, 3 p p)
         mean = x.mean(0)
@@ -275,7 +295,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         A = torch.linalg.solve(x.T @ x + 1e-3 * len(x) * torch.eye(x.shape[1], device=x.device), x.T @ (y - y.mean(0)))       # (d, 3 p p)
         y_hat = x @ A                                                         # (M, 3 p p)
         axes = torch.linalg.eigh(y_hat.T @ y_hat).eigenvectors.flip(1)        # (3 p p, 3 p p), the largest first
-        A = (A @ axes / y_hat.std())[:, :len(linear.weight)]                  # (d, n), n = min(e, 3 p p)
+        A = (A @ axes * (0.3 / y_hat.std()))[:, :len(linear.weight)]          # (d, n), n = min(e, 3 p p)
         linear.weight.mul_(0.1)[:A.shape[1]] = A.T                            # dimensions beyond n stay small and random
         linear.bias.zero_()[:A.shape[1]] = -mean @ A
         if self.quantizer:
@@ -284,11 +304,12 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
 
     @torch.no_grad()
     def tokenize(self, images):                                               # X (B, 3, h, w)
-        if self.quantizer is None: raise UserError("a tokenizer with quantizer none (RAE) has no tokens: train one with --quantizer simvq")
+        self.need_quantizer()
         return self.quantizer(self.to_code(self.encode(images)))[1]           # (B, N)
 
     @torch.no_grad()
     def detokenize(self, indices):                                            # (B, N)
+        self.need_quantizer()
         return self.decoder(self.from_code(self.quantizer.lookup(indices)))   # X' (B, 3, H, W)
 
 # ---- Losses. All are means over elements, in float32. ---------------------------------------------------------------
@@ -330,6 +351,7 @@ class PerceptualLoss(nn.Module):
     def features(self, x):                                                    # (B, 3, H, W) -> list of (B, N, d)
         vit = self.vfm.vit
         blocks = [0, len(vit.blocks) // 2]                                    # shallow layers know edges and colours
+        x = resize(x, vit.patch_embed.img_size[0], limit=False)
         x = vit.forward_intermediates((x - self.vfm.mean) / self.vfm.std, indices=blocks, intermediates_only=True, output_fmt="NLC", stop_early=True)
         return [F.layer_norm(f, f.shape[-1:]) for f in x]
 
@@ -372,10 +394,18 @@ def lecam(real_mean, fake_mean, ema_real, ema_fake):
     the other side, so that the discriminator does not run away. All scalars."""
     return F.relu(real_mean - ema_fake).square() + F.relu(ema_real - fake_mean).square()
 
+def as_file(images):
+    """Clamped and rounded to 8 bits, as a picture file holds them; still in [0, 1]."""
+    return (full(images).clamp(0, 1) * 255).round() / 255
+
 def psnr(x, y):
-    """(B, 3, H, W) in [0, 1] -> (B,) dB, both clamped and rounded to 8 bits as a picture file would be."""
-    x, y = ((full(i).clamp(0, 1) * 255).round() / 255 for i in (x, y))
-    return -10 * (x - y).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
+    """(B, 3, H, W) in [0, 1] -> (B,) dB, as picture files."""
+    return -10 * (as_file(x) - as_file(y)).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
+
+def code_usage(counts):
+    """How often each code was used (k,) -> share of codes in use, effective number of codes, entropy of a token in bits."""
+    entropy = torch.special.entr(counts / counts.sum().clamp(min=1)).sum()
+    return (counts > 0).double().mean().item(), entropy.exp().item(), entropy.item() / math.log(2)
 
 # ---- Files ----------------------------------------------------------------------------------------------------------
 def save_tokenizer(model, folder, teacher=None):
@@ -422,6 +452,22 @@ def load_checkpoint(path):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 # ---- What the scripts share: command line, processes, log -----------------------------------------------------------
+def resize(images, size, limit=True):
+    """(B, 3, h, w) -> (B, 3, size, size), bicubic, antialiased; its overshoot is clamped to [0, 1] but for limit=False."""
+    if images.shape[-1] == size: return images
+    images = F.interpolate(images, size=size, mode="bicubic", antialias=True)
+    return images.clamp(0, 1) if limit else images
+
+def lr_factor(step, warmup, total, floor):
+    """Linear warmup to 1, cosine to `floor`."""
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return (step + 1) / warmup if step < warmup else floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+def ignore_signals(_):
+    """torchrun and Ctrl-C signal a loader's workers too; the training process alone decides when to stop."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
 def parse_config(cls, presets, order, model_class=None, models=None, argv=None):
     """Dataclass fields -> command-line flags -> (config, model config or None, {field: origin of its value}). cls: the script's dataclass; every
     field is a flag, its comment the flag's help, a Literal type its choices. presets: {key: {field: value}}; order(values) names the keys that apply,
@@ -445,13 +491,15 @@ def parse_config(cls, presets, order, model_class=None, models=None, argv=None):
     values = {name: value for _, layer in layers for name, value in layer.items()}
     origin = {name: source for source, layer in layers for name in layer}
     make = lambda c: c(**{f.name: values[f.name] for f in dataclasses.fields(c)})
-    return make(cls), model_class and make(model_class), origin
+    config = make(cls)
+    config.given = given                                                      # for next_command
+    return config, model_class and make(model_class), origin
 
 def report(rows):                                                             # {what: value}, the table at a run's end; zeros are left out
     print("\n" + "\n".join(f"  {what:24}{value}" for what, value in rows.items() if value))
 
 def print_config(origin, *configs):
-    for name, value in (item for config in configs for item in vars(config).items()):
+    for name, value in (item for config in configs for item in dataclasses.asdict(config).items()):
         print(f"  {name:18} {str(value):44} {origin[name] if isinstance(origin[name], str) else ' '.join(map(str, origin[name]))}")
 
 class Ranks:
@@ -464,6 +512,7 @@ class Ranks:
         with explained(f"--device {device} cannot be used here"):
             self.device = torch.empty(1, device=device).device
         if self.device.type == "cuda": torch.cuda.set_device(self.device)
+        torch.backends.cudnn.allow_tf32 = False                               # torch's default for convolutions would make other codes
         if "RANK" in os.environ and not dist.is_initialized():                # hours: rank 0 validates and saves alone
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))
 
@@ -487,12 +536,15 @@ class Ranks:
     def mean_with_grad(self, tensor):                                         # over ranks; gradients pass through
         return dist_nn.all_reduce(tensor) / self.size if self.size > 1 else tensor
 
-    def stopping(self):
-        """Was a stop asked of any rank? All of them agree, so that all save the same step."""
-        return bool(self.sum(torch.tensor(float(self.stop_asked))))
-
     def wait(self):
         if self.size > 1: dist.barrier()
+
+    @contextlib.contextmanager
+    def first_alone(self):
+        """Rank 0 does what is inside before the others do: they find the files it made."""
+        if not self.first: self.wait()
+        yield
+        if self.first: self.wait()
 
     def run(self, network):
         """`network` with its gradients averaged over the ranks. No buffer is broadcast: the codebook is large and never changes."""
@@ -552,20 +604,27 @@ def open_run(path, config):
 def split_batch(config, ranks):
     """The global batch as (images a rank a step, images a rank at a time, accumulation steps)."""
     local = config.batch_size // ranks.size
-    micro = config.micro_batch or local
+    micro = min(config.micro_batch or local, local)
     if config.batch_size % ranks.size or local == 0 or local % micro:
         raise UserError(f"--batch_size {config.batch_size} must be a multiple of ranks ({ranks.size}) times --micro_batch ({micro})")
     return local, micro, local // micro
 
-def resume_command():                                                         # goes on where this one stopped
-    launch = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"] if "RANK" in os.environ else ["python"]
-    return shlex.join([*launch, *[word for word in sys.argv if word not in ("--overwrite", "--resume")], "--resume"])
+def launcher():                                                               # how this run was started, on this node
+    return ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"] if "RANK" in os.environ else ["python"]
 
-def check_finite(losses, step):                                               # {name: value}; the first NaN or infinite one is named
-    for name, value in losses.items():
-        if not math.isfinite(value):
-            raise UserError(f"{name} is {value} at step {step}: stopped, the last checkpoint is whole. "
-                            f"Try a lower --lr, a longer --warmup_steps, or --precision float32, then --resume")
+def resume_command():                                                         # goes on where this run stopped
+    return shlex.join([*launcher(), *[word for word in sys.argv if word not in ("--overwrite", "--resume")], "--resume"])
+
+def next_command(script, config, keep, **more):
+    """The command to type next: `script` with those flags of this run whose names are in `keep`, and `more`."""
+    flags = {name: value for name, value in config.given.items() if name in keep} | more
+    words = [(f"--{name}",) if value is True else (f"--no-{name}",) if value is False else
+             (f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)) for name, value in flags.items()]
+    return shlex.join([*(launcher() if script.startswith("train") else ["python"]), script, *(word for pair in words for word in pair)])
+
+def check_finite(losses, step, remedy="the last checkpoint is whole; try a lower --lr, more --warmup_steps, or --precision float32, then --resume"):
+    for name, value in losses.items():                                        # the first NaN or infinite one is named
+        if not math.isfinite(value): raise UserError(f"{name} is {value} at step {step}: stopped; {remedy}")
 
 def command_line(main):
     """Run a script's main(). A user's mistake ends as one line and exit status 1, under torchrun as one line in all."""
@@ -573,8 +632,8 @@ def command_line(main):
         main()
         if dist.is_initialized(): dist.destroy_process_group()
         return
-    except (UserError, OSError) as error:
-        text = f"error: {error}"
+    except (UserError, OSError) as error:                 # a loader's worker wraps it in a traceback
+        text = f"error: {str(error).rpartition('UserError: ')[2].strip()}"
     except torch.OutOfMemoryError as error:
         text = f"error: out of GPU memory, try a smaller --micro_batch or --batch_size: {str(error).splitlines()[0][:90]}"
     except KeyboardInterrupt:
@@ -582,5 +641,6 @@ def command_line(main):
     if os.environ.get("RANK", "0") != "0":                # rank 0 most often has the same to say: let it, and be ended by torchrun
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
+    sys.stdout.flush()
     print(text, file=sys.stderr, flush=True)
     os._exit(1)                                           # no waiting for ranks that will never answer
