@@ -148,8 +148,7 @@ def probe(train, train_labels, test, test_labels, steps=100, decay=1e-3):
 
 @torch.no_grad()
 def semantics(model, teacher, dataset, total, config, device):
-    """kNN and probe accuracy of teacher, features Z_I and tokens Z_q. Even images to fit, odd ones to test. On shapes: one-object
-    pictures, their 48 shape-colour pairs as classes."""
+    """kNN and probe accuracy of teacher, Z_I and Z_q. Even images to fit, odd to test. Shapes: one-object pictures, 48 shape-colour classes."""
     rows, labels, small = {}, [], []
     scenes = (plan(part + 2 * VALIDATION, task=0) for part in torch.arange(total).split(config.batch_size))
     singles = (dict(image=render(s), label=(s.shape[:, 0] * 8 + s.color[:, 0]).tolist()) for s in scenes)
@@ -214,8 +213,8 @@ def find_objects(images, least_area=25):
     unit_area = (ATLAS > 0).float().mean((1, 2, 3)) * (2 * EXTENT) ** 2       # (6,) at radius 1
     s = len(SHAPES)
     radius = (mass[:, None] / unit_area).sqrt().clamp(4, 17)                  # (M, 6): each shape in the size of that area
-    drawn, rows, columns = masks(torch.arange(s).repeat(len(x)), x.repeat_interleave(s), y.repeat_interleave(s), radius.flatten(),
-                                 torch.zeros(len(x) * s))
+    at, straight = (i.repeat_interleave(s) for i in (x, y)), torch.zeros(len(x) * s)
+    drawn, rows, columns = masks(torch.arange(s).repeat(len(x)), *at, radius.flatten(), straight)
     seen = cover[torch.arange(len(x))[:, None, None], rows[::s], columns[::s]]                             # (M, W, W)
     error = (drawn.view(-1, s, WINDOW ** 2) - seen.view(-1, 1, WINDOW ** 2)).square().sum(-1)              # (M, 6)
     return picture, error.argmin(1), color, x, y
@@ -232,8 +231,7 @@ def objects_right(images, scene, near=6.0):
 COLORED = ("colors", "position", "color_attr")    # the tasks whose captions name colours
 
 def fulfilled(images, scene, least=6.0):
-    """Does each picture (B, 3, 64, 64) show what its caption asks for? -> (B,) bool. As in GenEval, all that is named has to be there;
-    more may be, except where the caption counts."""
+    """Does each picture (B, 3, 64, 64) show what its caption names? -> (B,) bool. As in GenEval, more may be there, except where it counts."""
     found, right = [[] for _ in images], []
     for b, *thing in zip(*(t.tolist() for t in find_objects(images))):
         found[b].append(thing)                                                # [shape, color, x, y]
@@ -374,8 +372,9 @@ def main():
     if config.curves: return draw_curves(out)
     if config.generation and not ranks.first: return
     path, before = out / ("vqa.json" if config.vqa else "eval.json"), {}
-    with contextlib.suppress(OSError, ValueError):                            # scores of a tokenizer and of its generator stand side by side
-        before = {key: value for key, value in json.loads(path.read_text()).items() if config.generation or key.startswith("geneval")}
+    if config.generation or (len(config.tokenizers) < 2 and not config.vqa):  # scores of a tokenizer and of its generator stand side by side
+        with contextlib.suppress(OSError, ValueError):
+            before = {key: value for key, value in json.loads(path.read_text()).items() if config.generation or key.startswith("geneval")}
     if config.generation:
         result = generation(config, ranks)
         results, notes = {key: result[key] for key in ("geneval", "geneval_ceiling")}, [result["geneval_protocol"]]
@@ -386,7 +385,7 @@ def main():
         notes = [f"{f}: {r['protocol']}" + "".join(f"\n  {what}: {why}" for what, why in r["reasons"].items()) for f, r in results.items()]
     if ranks.first:
         print(table(results), *notes, sep="\n")
-        path.write_text(json.dumps(result if config.vqa or len(results) > 1 and not config.generation else before | result, indent=1))
+        path.write_text(json.dumps(before | result, indent=1))
         print(f"wrote {path}")
 
 if __name__ == "__main__":

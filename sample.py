@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torchvision.utils import save_image
 from tqdm import tqdm
-from transformers import StaticCache
+from transformers import StaticCache, TopKLogitsWarper, TopPLogitsWarper
 
 from train_ar import chat, layout, load_generator, load_mllm, pad_left, positions_of, square, visual_logits
 from train_tokenizer import decode
@@ -74,18 +75,13 @@ def check_options(guidance, temperature, top_k, top_p):
 
 # ---- Text -> codes --------------------------------------------------------------------------------------------------
 def choose(logits, u, temperature, top_k, top_p):
-    """Logits (B, k) and one uniform number each (B,) -> codes (B,), by inverting the distribution function: a rounding error
-    in the logits then changes a draw as rarely as can be."""
+    """Logits (B, k) and a uniform number each (B,) -> codes (B,), by inverting the distribution function: rounding then changes few draws."""
     if temperature == 0: return logits.argmax(1)
     logits = logits / temperature
-    if 0 < top_k < logits.shape[1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
-    p = logits.softmax(1)                                                     # (B, k)
-    if top_p < 1:
-        ordered, index = p.sort(1, descending=True)
-        p = p.masked_fill((ordered.cumsum(1) - ordered >= top_p).gather(1, index.argsort(1)), 0)   # enough without them
-    below = p.cumsum(1)
-    return torch.searchsorted(below, u[:, None] * below[:, -1:], right=True)[:, 0].clamp(max=p.shape[1] - 1)
+    if top_k: logits = TopKLogitsWarper(top_k)(None, logits)                  # transformers': what is out of the draw becomes -inf
+    if top_p < 1: logits = TopPLogitsWarper(top_p)(None, logits)
+    below = logits.softmax(1).cumsum(1)                                       # (B, k)
+    return torch.searchsorted(below, u[:, None] * below[:, -1:], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
 
 def step(lm, ids, positions, allowed, cache):
     """Read ids (R, L) after what `cache` holds -> logits of the next code (R, k). allowed: (R, 1, L, cache's length) bool."""
@@ -106,7 +102,8 @@ def generate(lm, text_tokenizer, prompts, seeds, guidance=1.0, temperature=1.0, 
     visual, device, B = lm.config.visual, lm.device, len(prompts)
     N, guided = visual["tokens"], guidance != 1
     chance = torch.stack([torch.rand(N, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(device)   # (B, N): the only randomness
-    ids, mask = (t.to(device) for t in layout(text_tokenizer, visual, [*prompts, *[""] * B] if guided else list(prompts), width=width))
+    ids, mask = layout(text_tokenizer, visual, [*prompts, *[""] * B] if guided else list(prompts))
+    ids, mask = (F.pad(t, (max(0, width + 1 - t.shape[1]), 0)).to(device) for t in (ids, mask))
     R, T = ids.shape                                                          # R = 2 B when guided: c above u
     length = T + N - 1                                                        # the last code is drawn, not read
     at = torch.arange(length, device=device)
@@ -153,22 +150,21 @@ def converse(config, device):
         print(f"{question} {text}")
 
 # ---- What to draw ---------------------------------------------------------------------------------------------------
-Job = collections.namedtuple("Job", "prompt seeds path where")        # a seed a picture, their one file, where the prompt was given
+Job = collections.namedtuple("Job", "prompt seeds path where line", defaults=[""])     # a seed a picture, one file; who gave the prompt, GenEval's line
 
 def read_jobs(config):
-    """-> out folder, jobs, and the {path: text} that goes beside the pictures."""
+    """-> out folder and jobs."""
     each = config.num_images or (4 if config.geneval or config.dpg else 1)
     seeds = lambda prompt: [zlib.crc32(f"{config.seed + j} {prompt}".encode()) for j in range(each)]     # no two captions share chance
     read = lambda file: Path(file).read_text("utf-8", "replace").splitlines()
     out = Path(config.out or f"{config.out_dir}/{'geneval' if config.geneval else 'dpg' if config.dpg else 'samples'}")
-    jobs, beside = [], {}
+    jobs = []
     if config.geneval:                            # OUT/00003/metadata.jsonl, OUT/00003/samples/00000.png, ...
         for i, line in enumerate(read(config.geneval)):
-            folder, where = out / f"{i:05d}", f"{config.geneval}, line {i + 1}"
+            where = f"{config.geneval}, line {i + 1}"
             with explained(f"{where}: not JSON with a prompt: {line[:60]!r}; mend or remove that line"):
                 prompt = " ".join(json.loads(line)["prompt"].split())
-            beside[folder / "metadata.jsonl"] = line + "\n"
-            jobs += [Job(prompt, [seed], folder / "samples" / f"{j:05d}.png", where) for j, seed in enumerate(seeds(prompt))]
+            jobs += [Job(prompt, [seed], out / f"{i:05d}/samples/{j:05d}.png", where, line + "\n") for j, seed in enumerate(seeds(prompt))]
     elif config.dpg:                              # OUT/NAME.png, four pictures in two rows
         prompts = {file: " ".join(" ".join(read(file)).split()) for file in sorted(Path(config.dpg).glob("*.txt"))}
         jobs = [Job(prompt, seeds(prompt), out / f"{file.stem}.png", str(file)) for file, prompt in prompts.items()]
@@ -182,14 +178,13 @@ def read_jobs(config):
             tail = "" if re.fullmatch(r"[\w ]{0,60}", prompt) else f"-{zlib.crc32(prompt.encode()):08x}"      # where the name loses some of it
             name = re.sub(r"\W+", "-", prompt)[:60].strip("-") + tail
             jobs += [Job(prompt, [seed], out / f"{name}-{config.seed + j}.png", where) for j, seed in enumerate(seeds(prompt))]
-    return out, jobs, beside
+    return out, jobs
 
 def check_text(text, where, text_tokenizer, room):
     ids = text_tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     if not ids.input_ids: raise UserError(f"{where} is empty: say what to draw or what to answer")
     if len(ids.input_ids) > room:
-        raise UserError(f"{where} has {len(ids.input_ids)} tokens, and this model was made for at most {room}: shorten it, "
-                        f"or train with a larger --max_length")
+        raise UserError(f"{where} has {len(ids.input_ids)} tokens, this model takes {room}: shorten it, or train with a larger --max_length")
     if unknown := [text[a:b] for i, (a, b) in zip(ids.input_ids, ids.offset_mapping) if i == text_tokenizer.unk_token_id]:
         known = sorted(word for word in text_tokenizer.get_vocab() if not word.startswith("<"))
         raise UserError(f"{where}: this model never learned the word {unknown[0]!r}; the first of the {len(known)} it knows: {' '.join(known[:60])}")
@@ -199,7 +194,7 @@ def main():
     ranks = Ranks(config.device)
     if ranks.first: print_config(origin, config)
     if config.ask: return converse(config, ranks.device)
-    out, jobs, beside = read_jobs(config)
+    out, jobs = read_jobs(config)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     lm, text_tokenizer, tokenizer = load_generator(config.out_dir, config.tokenizer, ranks.device, dtype)
     visual, resolution = lm.config.visual, config.resolution or tokenizer.config.output_size
@@ -207,18 +202,15 @@ def main():
         check_text(prompt, where, text_tokenizer, visual["max_length"] - visual["tokens"] - 2)
     todo = [job for job in jobs if not ((config.geneval or config.dpg) and job.path.exists())]           # before any rank writes
     ranks.wait()
-    if ranks.first:
-        out.mkdir(parents=True, exist_ok=True)
-        for path, text in beside.items():
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(text, "utf-8")
+    out.mkdir(parents=True, exist_ok=True)
     compiled = config.compile and ranks.device.type == "cuda"
     width = max(len(ids) for ids in text_tokenizer([job.prompt for job in jobs], add_special_tokens=False).input_ids) if compiled else 0
+    draw = functools.partial(generate, lm, text_tokenizer, guidance=config.guidance, temperature=config.temperature, top_k=config.top_k,
+                             top_p=config.top_p, width=width, compiled=compiled)
     if config.bench:
         for _ in range(2):                                                    # the first compiles and warms up
             start = time.time()
-            codes = generate(lm, text_tokenizer, [jobs[0].prompt] * config.batch_size, range(config.batch_size), config.guidance,
-                             config.temperature, config.top_k, config.top_p, width, compiled).cpu()
+            codes = draw([jobs[0].prompt] * config.batch_size, range(config.batch_size)).cpu()
         seconds = time.time() - start
         return ranks.say(f"{codes.numel() / seconds:.0f} codes/s, {seconds / codes.shape[1] * 1e3:.2f} ms a step of {len(codes)} pictures")
     ranks.say(f"{len(jobs)} pictures or grids in {out}, {len(jobs) - len(todo)} of them there already")
@@ -229,13 +221,13 @@ def main():
     for start in range(0, len(todo), max(1, size)):
         part = todo[start:start + size]
         fill = (part * size)[:size] if compiled else part                     # a compiled step has one batch size
-        codes = generate(lm, text_tokenizer, [job.prompt for job, _ in fill], [seed for _, seed in fill], config.guidance,
-                         config.temperature, config.top_k, config.top_p, width, compiled, bar)[:len(part)]
+        codes = draw([job.prompt for job, _ in fill], [seed for _, seed in fill], bar=bar)[:len(part)]
         images = resize(tokenizer.detokenize(codes).clamp(0, 1), resolution).cpu()         # (b, 3, resolution, resolution)
         for (job, _), image in zip(part, images):
             pending.setdefault(job.path, []).append(image)
             if len(pending[job.path]) == len(job.seeds):
                 job.path.parent.mkdir(parents=True, exist_ok=True)
+                if job.line: (job.path.parents[1] / "metadata.jsonl").write_text(job.line, "utf-8")
                 partial = job.path.with_name(f".{job.path.stem}.partial.png")             # the whole file or none
                 save_image(pending.pop(job.path), partial, nrow=2, padding=0)             # one picture, or a 2 x 2 grid without gaps
                 partial.replace(job.path)

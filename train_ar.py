@@ -41,7 +41,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, logging
 
 from train_tokenizer import VALIDATION, Images, batches, captions, decode, plan, questions, render, shuffled, uniforms
-from vqrae import (Log, Ranks, UserError, bench, check_finite, check_run, command_line, explained, full, hub_file, ignore_signals, load_checkpoint,
+from vqrae import (Log, Ranks, UserError, bench, check_finite, check_run, check_same, command_line, explained, full, hub_file, ignore_signals, load_checkpoint,
                    load_teacher, load_tokenizer, lr_factor, next_command, no_autocast, open_run, parse_config, print_config, report, resize,
                    resume_command, save_checkpoint, split_batch)
 
@@ -109,7 +109,7 @@ PRESETS = {
     "tiny": dict(lm="random", max_length=128, precision="float32", batch_size=16, num_workers=0, total_steps=5000, lr=1.5e-3,         # [ours]
                  end_lr=1e-4, warmup_steps=50, log_every=20, eval_every=500, save_every=500, lm_config=dict(
                      hidden_size=128, num_hidden_layers=4, intermediate_size=384, num_attention_heads=4, num_key_value_heads=4, head_dim=32,
-                     rope_parameters=dict(rope_type="default", rope_theta=1000.0), tie_word_embeddings=True, initializer_range=0.06)),
+                     rope_parameters=dict(rope_type="default", rope_theta=1000.0), initializer_range=0.06)),
     ("tiny", "pretrain"): dict(total_steps=60, warmup_steps=10, max_length=192, eps=1e-8),                                            # [ours]
     ("tiny", "sft"): dict(total_steps=1600, lr=2e-3, max_length=256, eps=1e-8),                                                        # [ours]
 }
@@ -144,12 +144,16 @@ def build_lm(config, texts):
         text_tokenizer = word_tokenizer(texts)
         strange = set(config.lm_config or {"nothing": 0}) - set(Qwen3Config().to_dict())      # it would take any name in silence
         if strange: raise UserError(f"--lm random needs --lm_config as JSON of Qwen3Config's values, which has no {', '.join(strange)}")
-        return Qwen3ForCausalLM(Qwen3Config(vocab_size=len(text_tokenizer), **config.lm_config)), text_tokenizer
+        lm = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(text_tokenizer), **config.lm_config))
+        nn.init.normal_(lm.get_input_embeddings().weight)                     # smaller words drown in what their first layer attends to: README
+        return lm, text_tokenizer
     if not Path(config.lm).is_dir():                                          # fails within seconds where there is no network
         hub_file(config.lm, "config.json", f"run `hf download {config.lm}` there, and pass its folder with --lm FOLDER")
-    with explained(f"cannot load the language model {config.lm}"):
-        lm = AutoModelForCausalLM.from_pretrained(config.lm, dtype=torch.float32)             # transformers would keep the saved bfloat16
-        return lm, AutoTokenizer.from_pretrained(config.lm)
+    return read_lm(config.lm, f"cannot load the language model {config.lm}")
+
+def read_lm(name, problem, dtype=torch.float32, **how):                       # transformers would keep the saved type, Qwen3's bfloat16
+    with explained(problem):
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **how), AutoTokenizer.from_pretrained(name, **how)
 
 @torch.no_grad()
 def grow_vocabulary(lm, text_tokenizer, tokenizer, which, max_length):
@@ -169,17 +173,16 @@ def grow_vocabulary(lm, text_tokenizer, tokenizer, which, max_length):
     boi, eoi = text_tokenizer.convert_tokens_to_ids([BOI, EOI])
     lm.config.visual = dict(offset=offset, codes=codes, tokens=tokenizer.config.num_tokens, boi=boi, eoi=eoi, max_length=max_length, tokenizer=which)
 
-def to_the_right(rows, width=0):
-    """Lists of different lengths -> (B, the longest or `width`), zeros on the left: masked there, any id will do."""
-    width = max(width, max(map(len, rows)))
-    return torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
+def to_the_right(rows):
+    """Lists of different lengths -> (B, L), zeros on the left: masked there, any id will do."""
+    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_side="left")
 
-def layout(text_tokenizer, visual, texts, codes=None, width=0):
+def layout(text_tokenizer, visual, texts, codes=None):
     """B captions and their codes (B, N) -> ids and mask (B, T + N + 2), as drawn at the top of this file; without codes (B, T + 1): a prompt,
-    that ends with BOI. T is the longest caption's length, or `width` if that is more. Captions beyond max_length are cut."""
+    that ends with BOI. T is the longest caption's length. Captions beyond max_length are cut."""
     encoded = text_tokenizer(texts, add_special_tokens=False).input_ids
     rows = [ids[:visual["max_length"] - visual["tokens"] - 2] + [visual["boi"]] for ids in encoded]
-    ids, mask = to_the_right(rows, width + 1), to_the_right([[1] * len(row) for row in rows], width + 1)
+    ids, mask = to_the_right(rows), to_the_right([[1] * len(row) for row in rows])
     if codes is not None:
         ids = F.pad(torch.cat([ids, codes.cpu() + visual["offset"]], 1), (0, 1), value=visual["eoi"])
         mask = F.pad(mask, (0, codes.shape[1] + 1), value=1)
@@ -210,43 +213,39 @@ def load_generator(out_dir, tokenizer_folder="", device="cpu", dtype=torch.float
     folder, tokenizer_folder = Path(out_dir) / "ar", Path(tokenizer_folder or f"{out_dir}/tokenizer")
     if not (folder / "config.json").is_file(): raise UserError(f"no generator in {folder}: python train_ar.py makes one (--out_dir names the run)")
     tokenizer = load_tokenizer(tokenizer_folder, device)
-    with explained(f"{folder} cannot be read as a generator: python train_ar.py --resume writes it anew from state.pt"):
-        lm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
-        text_tokenizer, made_for = AutoTokenizer.from_pretrained(folder, local_files_only=True), lm.config.visual["tokenizer"]
-    if made_for != identity(tokenizer_folder):
+    problem = f"{folder} cannot be read as a generator: python train_ar.py --resume writes it anew from state.pt"
+    lm, text_tokenizer = read_lm(folder, problem, dtype, local_files_only=True)
+    if lm.config.visual["tokenizer"] != identity(tokenizer_folder):
         raise UserError(f"{folder} learned other codes than {tokenizer_folder}'s: pass --tokenizer with theirs, or train again with --overwrite")
-    return lm, text_tokenizer, tokenizer
+    return lm.to(device).eval(), text_tokenizer, tokenizer
 
 # ---- Codes computed once, by position: 0, 1, 2, ... counts the images a run has seen. Shapes are drawn and tokenized when they are
 # needed: that takes a tenth of the time of learning from them, and no picture comes twice.
 def open_codes(source, part, config, tokenizer, which, ranks):
-    """Codes and captions of `source` as one memory-mapped array of records, codes-`part`/codes.npy, made there if need be; None for shapes.
-    fingerprint.json says of what; it is written last, so without it the rest is unfinished and made anew."""
+    """Codes and captions of `source` as one memory-mapped array of records, codes-PART-TOKENIZER-DATA.npy, made if need be; None for shapes."""
     if source == "shapes": return None
-    folder = Path(config.out_dir) / f"codes-{part}"
     with ranks.first_alone():                                                 # in order; centre crop [T9]
         dataset = Images(source, tokenizer.config.image_size, train=False, part=None if config.val_data else part, index_dir=config.out_dir)
     listing = hashlib.sha256()
     for record in map(dataset.record, range(len(dataset))):
         file, _, size = record["image"]
         listing.update(repr((record, os.path.getsize(file) if size < 0 else size)).encode())
-    fingerprint = dict(tokenizer=which, data=listing.hexdigest()[:16], images=len(dataset))
-    path, marker = folder / "codes.npy", folder / "fingerprint.json"
-    found = json.loads(marker.read_text() or "null") if marker.is_file() and not config.overwrite_cache else None
-    if found and found != fingerprint:
-        what = f"another tokenizer than {config.tokenizer}" if found["tokenizer"] != which else f"other images than are now in {source}"
-        raise UserError(f"{folder} was made with {what}: --overwrite_cache makes it anew, --out_dir keeps both")
+    path = Path(config.out_dir) / f"codes-{part}-{which}-{listing.hexdigest()[:16]}.npy"
+    if path.is_file() and not config.overwrite_cache: return np.load(path, mmap_mode="r")
+    others = [other for other in path.parent.glob(f"codes-{part}-*.npy") if other != path]
+    if others and not config.overwrite_cache:
+        what = f"other images than are now in {source}" if which in others[0].name else f"another tokenizer than {config.tokenizer}"
+        raise UserError(f"{others[0]} was made with {what}: --overwrite_cache makes it anew, --out_dir keeps both")
     ranks.wait()                                                              # nobody writes before all have looked
-    if found: return np.load(path, mmap_mode="r")
+    partial = path.with_suffix(".partial")
     if ranks.first:
-        folder.mkdir(parents=True, exist_ok=True)
-        marker.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         dtype = [("codes", "<u2" if tokenizer.config.codebook_size <= 1 << 16 else "<u4", tokenizer.config.num_tokens), ("text", "S1024")]
-        np.lib.format.open_memmap(path, "w+", dtype, (len(dataset),))         # captions beyond 1024 bytes of UTF-8 are cut
+        np.lib.format.open_memmap(partial, "w+", dtype, (len(dataset),))      # captions beyond 1024 bytes of UTF-8 are cut
     ranks.wait()
-    rows = np.load(path, mmap_mode="r+")
+    rows = np.load(partial, mmap_mode="r+")
     share = range(len(rows) * ranks.rank // ranks.size, len(rows) * (ranks.rank + 1) // ranks.size)           # this rank's
-    bar, lengths = tqdm(share, folder.name, unit="image", disable=not ranks.first), []
+    bar, lengths = tqdm(share, f"codes-{part}", unit="image", disable=not ranks.first), []
     for batch, at in zip(batches(dataset, tokenizer.config.image_size, bar, 64, config.num_workers, ranks.device), share[::64]):
         new = [(text or label).encode() for text, label in zip(batch["text"], batch["label"])]       # no caption: its class
         rows[at:at + len(new)] = list(zip(tokenizer.tokenize(batch["image"]).tolist(), new))
@@ -255,7 +254,10 @@ def open_codes(source, part, config, tokenizer, which, ranks):
         raise UserError(f"no image of {source} has a caption or a class: write metadata.jsonl with file_name and text, or a .txt beside each")
     rows.flush()
     ranks.wait()
-    if ranks.first: marker.write_text(json.dumps(fingerprint))
+    if ranks.first:
+        for other in others: other.unlink()
+        partial.replace(path)
+    ranks.wait()
     return np.load(path, mmap_mode="r")
 
 # ---- Conversations about images, in LLaVA's layout
@@ -331,14 +333,11 @@ def load_mllm(out_dir, model_config, device="cpu"):
     folder = Path(out_dir) / "mllm"
     if not (folder / "connector.safetensors").is_file():
         raise UserError(f"no trained MLLM in {folder}: python train_ar.py --task understand makes one (--out_dir names the run)")
-    with explained(f"{folder} cannot be read as an MLLM: train it again"):
-        lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-        text_tokenizer, connector = AutoTokenizer.from_pretrained(folder, local_files_only=True), load_file(folder / "connector.safetensors")
+    lm, text_tokenizer = read_lm(folder, f"{folder} cannot be read as an MLLM: train it again", local_files_only=True)
     want, have = lm.config.understand, dict(dim=model_config.dim, tokens=model_config.num_tokens, image_size=model_config.image_size)
-    if differ := [f"{name} is {want[name]} there, {value} in the tokenizer" for name, value in have.items() if want[name] != value]:
-        raise UserError(f"{folder} reads the features of another vision tower than this tokenizer's: {', '.join(differ)}")
+    check_same(want, have, f"{folder} reads the features of another vision tower than this tokenizer's")
     net = MLLM(lm, want["dim"])
-    net.connector.load_state_dict(connector)
+    net.connector.load_state_dict(load_file(folder / "connector.safetensors"))
     return net.to(device).eval(), text_tokenizer
 
 # ---- Training. Each task has a network, batches by position, a loss, a validation and files; the loop below is the same.
@@ -350,8 +349,8 @@ class Generate:
         if self.tokenizer.quantizer is None: raise UserError(f"{config.tokenizer} has no codes (quantizer none): train one with --quantizer simvq")
         if config.max_length < (least := self.tokenizer.config.num_tokens + 3):
             raise UserError(f"--max_length {config.max_length} has no room for a picture, its two marks and a caption: at least {least}")
-        self.data, self.val = (open_codes(source, part, config, self.tokenizer, self.which, ranks)
-                               for source, part in ((config.data, "train"), (config.val_data or config.data, "val")))
+        self.data = open_codes(config.data, "train", config, self.tokenizer, self.which, ranks)
+        self.val = open_codes(config.val_data or config.data, "val", config, self.tokenizer, self.which, ranks)
         self.val_at = range(VALIDATION, VALIDATION + config.val_images) if self.val is None else range(min(config.val_images, len(self.val)))
         texts = captions(plan(torch.arange(10_000))) if self.data is None else self.fetch(range(len(self.data)))[1] if config.lm == "random" else []
         self.lm, self.text_tokenizer = build_lm(config, texts)
@@ -483,10 +482,9 @@ def train(config, ranks):
     log = Log(out / f"log_{config.phase or 'ar'}.jsonl", first_step, ranks.first and not config.bench)
     starts = (step * config.batch_size + ranks.rank * local + i * micro for step in range(first_step, config.total_steps) for i in range(accumulate))
     stream = task.stream(range(at, at + micro) for at in starts)
-    amp, last_log = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"), (first_step, time.time())
+    amp, stop = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"), False
     bar = tqdm(range(first_step, config.total_steps + 1), config.phase or "generator", config.total_steps, initial=first_step, unit="step",
                disable=not ranks.first)                                       # the last round only validates and saves
-    stop = False
     if not config.bench: ranks.catch_stop()
     if config.bench: stream, timed = itertools.repeat(next(stream)), bench(config, ranks, task.net)
     for step in bar:
@@ -526,8 +524,7 @@ def train(config, ranks):
         optimizer.zero_grad()
         # ----------------------------------------------------------------------------------------------------------------
         if (step + 1) % config.log_every == 0:
-            rate = (step + 1 - last_log[0]) * config.batch_size / (time.time() - last_log[1])
-            last_log = step + 1, time.time()
+            rate = config.batch_size * (bar.format_dict["rate"] or 0)
             log(step=step + 1, loss=loss, grad_norm=grad_norm, lr=config.lr * factor, images_per_s=rate)
             bar.set_postfix_str(f"loss {loss:.3f}, {rate:.0f} images/s")
     if ranks.first and last:

@@ -26,7 +26,7 @@ from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from vqrae import (MODELS, VQRAE, Discriminator, Encoder, Log, PerceptualLoss, Ranks, UserError, VQRAEConfig, bench, check_finite, check_run,
+from vqrae import (MODELS, VQRAE, Discriminator, Encoder, Log, PerceptualLoss, Ranks, UserError, VQRAEConfig, bench, check_finite, check_run, check_same,
                    code_usage, command_line, distill_loss, explained, full, hinge_d_loss, ignore_signals, lecam, load_checkpoint,
                    load_encoder_weights, lr_factor, next_command, open_run, parse_config, print_config, psnr, report, resize, resume_command,
                    save_checkpoint, save_tokenizer, split_batch)
@@ -274,11 +274,9 @@ class Pretrainer(nn.Module):
 
     def embed_text(self, texts):
         """Bag of hashed words and word pairs -> (B, width): enough for short captions, whatever their words."""
-        texts = [["", *text.lower().split()] for text in texts]
-        bags = [[*words, *map(" ".join, zip(words, words[1:]))] for words in texts]
-        ids = [zlib.crc32(word.encode()) % self.words.num_embeddings for bag in bags for word in bag]
-        starts = [0, *itertools.accumulate(map(len, bags[:-1]))]
-        return self.text_head(self.words(*(torch.tensor(t, device=self.bias.device) for t in (ids, starts))))
+        bags = [[*words, *map(" ".join, zip(words, words[1:]))] for words in (["", *text.lower().split()] for text in texts)]
+        ids = [[zlib.crc32(word.encode()) % self.words.num_embeddings for word in bag] for bag in bags]
+        return self.text_head(torch.cat([self.words(torch.tensor([bag], device=self.bias.device)) for bag in ids]))
 
     def forward(self, images, texts, scene):
         z = self.norm(self.encoder(images))                                   # (B, N, d)
@@ -313,15 +311,18 @@ def pretrain(config, model_config, ranks, path):
     ranks.wait()
 
 # ---- Stages 1 and 2 -------------------------------------------------------------------------------------------------
-def parameter_groups(model, config):
-    """Encoder and the rest at their own rates; weight decay on matrices alone."""
+def parameter_groups(model, discriminator, config):
+    """Encoder and the rest at their own rates, weight decay on matrices alone; the discriminator at its own, from its start on."""
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
             decays = p.ndim > 1 and not name.endswith(("pos_embed", "cls_token"))
             groups.setdefault((name.startswith("encoder."), decays), []).append(p)
-    return [dict(params=params, base_lr=config.encoder_lr if of_encoder else config.lr, weight_decay=config.weight_decay if decays else 0.0)
-            for (of_encoder, decays), params in groups.items()]
+    groups = [dict(params=params, base_lr=config.encoder_lr if of_encoder else config.lr, start=0, weight_decay=config.weight_decay if decays else 0.0)
+              for (of_encoder, decays), params in groups.items()]
+    if discriminator:
+        groups.append(dict(params=[*discriminator.parameters()], base_lr=config.disc_lr, start=config.disc_start, weight_decay=config.weight_decay))
+    return groups
 
 def starting_point(config, model_config, ranks, resumed):
     """The model with the weights its stage begins from, and the frozen teacher T."""
@@ -333,7 +334,7 @@ def starting_point(config, model_config, ranks, resumed):
             stage1 = next_command("train_tokenizer.py", config, CARRIED)
             raise UserError(f"stage 2 starts from {path}, which is not there: run `{stage1}` first, or pass --init_from")
         stage1 = load_checkpoint(path)
-        check_same_model(stage1["model_config"], model_config, path)
+        check_same(stage1["model_config"], asdict(model_config), f"{path} is of another model")
         model.load_state_dict(stage1["ema"], strict=True)
     elif resumed and config.encoder_lr == 0:
         model.load_state_dict(resumed["model"], strict=True)                  # its encoder has not moved
@@ -343,13 +344,10 @@ def starting_point(config, model_config, ranks, resumed):
             missing = not source.exists()
             ranks.wait()                                                      # nobody writes before all have looked
             if missing: pretrain(config, model_config, ranks, source)
-            check_same_model(load_checkpoint(source)["model_config"], model_config, source, ("encoder", "encoder_kwargs", "patch_size", "dim"))
+            of_encoder = {name: getattr(model_config, name) for name in ("encoder", "encoder_kwargs", "patch_size", "dim")}
+            check_same(load_checkpoint(source).get("model_config", {}), of_encoder, f"{source} is of another encoder")
         load_encoder_weights(model.encoder, str(source))
     return model, copy.deepcopy(model.encoder).requires_grad_(False).eval()   # before anything moves
-
-def check_same_model(saved, model_config, path, names=asdict(VQRAEConfig())):
-    differ = [f"{name} is {saved.get(name)} there, {here} here" for name in names if saved.get(name) != (here := getattr(model_config, name))]
-    if differ: raise UserError(f"{path} is of another model: {', '.join(differ)}")
 
 @torch.no_grad()
 def start_bottleneck(model, config, dataset, ranks):
@@ -357,7 +355,8 @@ def start_bottleneck(model, config, dataset, ranks):
     model.to(ranks.device)
     if ranks.first:
         size, p, Z_I, pixels = model.config.image_size, model.config.patch_size, [], []
-        positions = range(max(64, 32 * model.config.codebook_size // model.config.num_tokens))
+        k = model.config.codebook_size
+        positions = range(max(64, max(32 * k, min(128 * k, 1 << 19)) // model.config.num_tokens))     # 128 patches a code; fewer where they fill GBs
         for batch in batches(dataset, size, positions, min(64, config.batch_size), config.num_workers, ranks.device):
             Z_I.append(model.encode(batch["image"]).flatten(0, 1))                            # (B N, d)
             pixels.append(F.unfold(batch["image"], p, stride=p).transpose(1, 2).unflatten(2, (3, -1)).flatten(0, 1))      # (B N, 3, p p)
@@ -382,7 +381,7 @@ def validate(model, dataset, config, device, path):
 def train(config, model_config, ranks):
     out, device, start = Path(config.out_dir), ranks.device, time.time()
     path, pictures = out / f"stage{config.stage}.pt", out / f"recon_stage{config.stage}.png"
-    if resumed := open_run(path, config): check_same_model(resumed["model_config"], model_config, path)
+    if resumed := open_run(path, config): check_same(resumed["model_config"], asdict(model_config), f"{path} is of another model")
     local, micro, accumulate = split_batch(config, ranks)
     size, val_source, split = model_config.image_size, config.val_data or config.data, not config.val_data and config.data != "shapes"
     with ranks.first_alone():
@@ -395,7 +394,7 @@ def train(config, model_config, ranks):
     perceptual = config.perceptual != "none" and PerceptualLoss(config.perceptual, config.lpips_weights, config.convnext_weights, vfm=teacher)
     discriminator = Discriminator(config.disc_width) if config.disc_start >= 0 else None
     if config.disc_start >= config.total_steps: ranks.say(f"note: --disc_start {config.disc_start} is after the last step: no discriminator")
-    frozen, betas, dtype = config.encoder_lr == 0, (config.beta1, config.beta2), torch.float64 if config.precision == "float64" else None
+    frozen, dtype = config.encoder_lr == 0, torch.float64 if config.precision == "float64" else None
     model.encoder.requires_grad_(not frozen)
     if not resumed and (config.stage == 1 or config.init_from == "none"): start_bottleneck(model, config, data, ranks)
     nn.ModuleList(filter(None, (model, teacher, perceptual, discriminator))).to(device, dtype)
@@ -406,12 +405,10 @@ def train(config, model_config, ranks):
     model.encoder.vit.set_grad_checkpointing(config.checkpointing and not frozen)
     model.decoder.vit.set_grad_checkpointing(config.checkpointing)
     if config.compile: model.compile()
-    optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=betas, fused=device.type != "mps")
-    d_optimizer = discriminator and torch.optim.AdamW(discriminator.parameters(), betas=betas, weight_decay=config.weight_decay)
-    parts = dict(model=model, ema=ema, optimizer=optimizer, discriminator=discriminator, d_optimizer=d_optimizer)
-    first_step, lecam_means = 0, torch.zeros(2, device=device)                # the latter: running mean logits, real and fake
+    optimizer = torch.optim.AdamW(parameter_groups(model, discriminator, config), betas=(config.beta1, config.beta2), fused=device.type != "mps")
+    parts, first_step = dict(model=model, ema=ema, optimizer=optimizer, discriminator=discriminator), 0
     if resumed:
-        first_step, lecam_means = resumed["step"], resumed["lecam"].to(device)
+        first_step = resumed["step"]
         if first_step > config.total_steps or (resumed["config"]["encoder_lr"] == 0) != frozen:
             raise UserError(f"{path} cannot go on like this: it is at step {first_step} with --encoder_lr {resumed['config']['encoder_lr']}")
         resumed["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]         # rates are this run's
@@ -426,7 +423,7 @@ def train(config, model_config, ranks):
     log = Log(out / f"log_stage{config.stage}.jsonl", first_step, ranks.first and not config.bench)
     bar = tqdm(total=config.total_steps, initial=first_step, desc=f"stage {config.stage}", unit="step", disable=not ranks.first)
     weights = dict(l2=config.l2_weight, perceptual=config.perceptual_weight, quant=1.0, distill=config.distill_weight, adversarial=config.disc_weight)
-    stop, last_log, warned, floor = False, (first_step, time.time()), False, min(1.0, config.end_lr / config.lr)
+    stop, warned, floor = False, False, min(1.0, config.end_lr / config.lr)
     if not config.bench: ranks.catch_stop()
     if config.bench: stream, timed = itertools.repeat(next(stream)), bench(config, ranks, model)
 
@@ -439,13 +436,13 @@ def train(config, model_config, ranks):
             log(step=step, val_psnr=val[0], val_codebook_usage=val[1])
         if ranks.first and (last or stop or (step > first_step and step % config.save_every == 0)):
             save_checkpoint(path, {name: part and part.state_dict() for name, part in parts.items()} | dict(
-                step=step, lecam=lecam_means, rng=torch.get_rng_state(), config=asdict(config), model_config=asdict(model_config)))
+                step=step, rng=torch.get_rng_state(), config=asdict(config), model_config=asdict(model_config)))
         if last or stop: break
 
         # ---- One training step -----------------------------------------------------------------------------------------
-        factor = lr_factor(step, config.warmup_steps, config.total_steps, floor)
+        factor = lambda start: lr_factor(max(0, step - start), config.warmup_steps, config.total_steps - start, floor)
         for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
+            group["lr"] = group["base_lr"] * factor(group["start"])
         adversarial = 0 <= config.disc_start <= step
         sums = {}
         for i in range(accumulate):
@@ -477,9 +474,9 @@ def train(config, model_config, ranks):
                     real, fake = full(d_net(torch.cat([target, X.detach()]))).chunk(2)                           # (b, 1, 16, 16) each
                 real_mean, fake_mean = ranks.mean_with_grad(real.mean()), ranks.mean_with_grad(fake.mean())
                 terms["discriminator"] = hinge_d_loss(real, fake)
-                terms["lecam"] = lecam(real_mean, fake_mean, *lecam_means)
+                terms["lecam"] = lecam(real_mean, fake_mean, *discriminator.means)
                 ((terms["discriminator"] + config.lecam_weight * terms["lecam"]) / accumulate).backward()
-                lecam_means = 0.999 * lecam_means + 0.001 * torch.stack([real_mean, fake_mean]).detach().float()
+                discriminator.means.lerp_(torch.stack([real_mean, fake_mean]).detach(), 0.001)
             for name, term in dict(terms, loss=loss).items():
                 sums[name] = sums.get(name, 0) + full(term.detach()) / accumulate
             if indices is not None:                                           # bincount would wait for the GPU
@@ -491,11 +488,6 @@ def train(config, model_config, ranks):
         stop = sums.pop("stop") > 0                                           # asked of any rank: all save the same step
         optimizer.step()
         optimizer.zero_grad()
-        if adversarial:
-            d_factor = lr_factor(step - config.disc_start, config.warmup_steps, config.total_steps - config.disc_start, floor)
-            d_optimizer.param_groups[0]["lr"] = config.disc_lr * d_factor
-            d_optimizer.step()
-            d_optimizer.zero_grad()
         decay = min(config.ema_decay, (1 + step) / (10 + step))
         for e, p in zip(ema.parameters(), model.parameters()):
             if p.requires_grad:                                               # what is frozen stays bit for bit
@@ -505,9 +497,8 @@ def train(config, model_config, ranks):
         if (step + 1) % config.log_every == 0:
             (usage, perplexity, _), counts = code_usage(ranks.sum(counts)), torch.zeros_like(counts)
             codes = dict(codebook_usage=usage, perplexity=perplexity) if model.quantizer else {}
-            rate = (step + 1 - last_log[0]) * config.batch_size / (time.time() - last_log[1])
-            last_log = step + 1, time.time()
-            log(step=step + 1, **sums, lr=config.lr * factor, images_per_s=rate, **codes, skipped=len(data.skipped) if data else 0)
+            rate = config.batch_size * (bar.format_dict["rate"] or 0)
+            log(step=step + 1, **sums, lr=config.lr * factor(0), images_per_s=rate, **codes, skipped=len(data.skipped) if data else 0)
             shown = f"codes {usage:.0%}, " if codes else ""
             bar.set_postfix_str(f"loss {sums['loss']:.4f}, PSNR {-10 * math.log10(sums['l2']):.1f}, {shown}{rate:.0f} images/s")
             if codes and usage < 0.1 and step > config.warmup_steps and not warned:

@@ -75,7 +75,7 @@ class VQRAEConfig:
 
 MODELS = {                            # tiny: a stand-in VFM that `train_tokenizer.py` pretrains itself, small enough for a laptop's CPU
     "tiny": VQRAEConfig(encoder="vit_tiny_patch16_224", encoder_weights="stage0", image_size=64, patch_size=8, dim=128,
-                        encoder_kwargs=dict(depth=3, num_heads=2, class_token=False), codebook_size=1024, codebook_dim=192),
+                        encoder_kwargs=dict(depth=3, num_heads=2, class_token=False), codebook_size=2048, codebook_dim=192),
     "siglip2_base_256": VQRAEConfig(encoder="vit_base_patch16_siglip_256.v2_webli", dim=768,      # ours, for one 24 GB GPU
                                     encoder_kwargs=dict(act_layer="gelu_tanh")),  # as it was trained; timm's default is the exact GELU
     "siglip2_256": VQRAEConfig(),                                                 # from here the paper's three, Table 7
@@ -130,14 +130,12 @@ def swap_encoder(mllm, encoder):
     ours, tower, state = encoder.vit.state_dict(), mllm.model.vision_tower, {}
     for key in [key for key in ours if ".qkv." in key]:
         ours |= zip([key.replace("qkv", f"{letter}_proj") for letter in "qkv"], ours.pop(key).chunk(3))
-    for key, old in tower.state_dict().items():
-        name = timm_key(key.removeprefix("vision_model."))
-        new = old if name.startswith(("norm.", "layernorm.", "head.")) else ours.pop(name, old[:0])
-        if new.numel() != old.numel():
-            raise UserError(f"the MLLM's vision tower is another ViT than the encoder: {key} is {tuple(old.shape)} there and {tuple(new.shape)} here")
-        state[key] = new.reshape(old.shape)
-    if ours: raise UserError(f"the MLLM's vision tower is another ViT than the encoder: it lacks {', '.join(sorted(ours)[:3])}")
-    tower.load_state_dict(state)
+    with explained("the MLLM's vision tower is another ViT than the encoder", KeyError, RuntimeError):
+        for key, old in tower.state_dict().items():
+            name = timm_key(key.removeprefix("vision_model."))
+            state[key] = old if name.startswith(("norm.", "layernorm.", "head.")) else ours.pop(name).reshape(old.shape)
+        if ours: raise KeyError(f"it lacks {', '.join(sorted(ours)[:3])}")
+        tower.load_state_dict(state)
     return mllm
 
 def hub_file(repo, name, remedy="pass --encoder_weights FILE"):
@@ -286,8 +284,8 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
     def start_on(self, Z_I, pixels):                                          # M patches: features (M, d), pixels (M, 3, p p)
         """Start the bottleneck on data. to_code: the linear map (ridge regression) from a patch's features to its pixels, in their
         principal components, so that near in the code space means alike to the eye, at a standard deviation of 0.3: L_quant grows with
-        its square, and at 1 drowns the other losses. The codes: k means of 16 k such latents, drawn in proportion to their detail;
-        otherwise flat backgrounds take most. Measured: README, "Bottleneck start"."""
+        its square, and at 1 drowns the other losses. The codes: k means of 16 k such latents, drawn by their detail; otherwise flat
+        backgrounds take most. Measured: README, "Bottleneck start"."""
         norm, linear = self.to_code
         x, y = norm(Z_I), pixels.flatten(1)                                   # (M, d), (M, 3 p p)
         mean = x.mean(0)
@@ -299,7 +297,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         linear.weight.mul_(0.1)[:A.shape[1]] = A.T                            # dimensions beyond n stay small and random
         linear.bias.zero_()[:A.shape[1]] = -mean @ A
         if self.quantizer:
-            detail = pixels.var(2).mean(1) + 5e-4                             # (M,) variance within each colour channel; some of flat ones too
+            detail = (pixels.var(2).mean(1) + 5e-4) ** 0.85                   # (M,) variance within each colour channel; some of flat ones too
             self.quantizer.init_codebook(self.to_code(Z_I[torch.multinomial(detail, 16 * len(self.quantizer.codebook), replacement=True)]))
 
     @torch.no_grad()
@@ -376,6 +374,7 @@ class Discriminator(nn.Module):
         self.head = nn.Sequential(nn.Conv2d(widths[-1], widths[-1], 1), nn.LeakyReLU(0.1), nn.Conv2d(widths[-1], 1, 5, padding="same"))
         kernel = torch.tensor([1., 3., 3., 1.]) / 8
         self.register_buffer("blur", (kernel[:, None] * kernel).view(1, 1, 4, 4), persistent=False)
+        self.register_buffer("means", torch.zeros(2))                         # running means of real and fake logits, for lecam
 
     def forward(self, images):                                                # (B, 3, H, W)
         x = F.leaky_relu(self.stem(images), 0.1)                              # (B, width, H, W)
@@ -390,8 +389,7 @@ def hinge_d_loss(real_logits, fake_logits):
     return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
 
 def lecam(real_mean, fake_mean, ema_real, ema_fake):
-    """LeCAM (Tseng et al. 2021) as in TiTok: pull the mean logits of a (micro-)batch over all ranks towards the running mean of
-    the other side, so that the discriminator does not run away. All scalars."""
+    """LeCAM (Tseng et al. 2021) as in TiTok: pulls the mean logits of a (micro-)batch towards the other side's running mean. All scalars."""
     return F.relu(real_mean - ema_fake).square() + F.relu(ema_real - fake_mean).square()
 
 def as_file(images):
@@ -405,7 +403,7 @@ def psnr(x, y):
 def code_usage(counts):
     """How often each code was used (k,) -> share of codes in use, effective number of codes, entropy of a token in bits."""
     entropy = torch.special.entr(counts / counts.sum().clamp(min=1)).sum()
-    return (counts > 0).double().mean().item(), entropy.exp().item(), entropy.item() / math.log(2)
+    return (counts > 0).float().mean().item(), entropy.exp().item(), entropy.item() / math.log(2)
 
 # ---- Files ----------------------------------------------------------------------------------------------------------
 def save_tokenizer(model, folder, teacher=None):
@@ -592,6 +590,10 @@ def check_run(config, **least):                                               # 
                 num_workers=0, warmup_steps=0, bench=0, **least)
     if config.resume and config.overwrite: raise UserError("--resume goes on and --overwrite starts over: choose one")
     if config.bench: config.total_steps = config.eval_every = config.save_every = config.bench + 4        # nothing else falls due before its end
+
+def check_same(there, here, what):                                            # {name: value} twice
+    differ = [f"{name} is {there.get(name)} there, {value} here" for name, value in here.items() if there.get(name) != value]
+    if differ: raise UserError(f"{what}: {', '.join(differ)}")
 
 def open_run(path, config):
     """The checkpoint to go on from, or None to start; refuses to start over a finished or unfinished run by accident."""
