@@ -24,8 +24,8 @@ from sample import answer, generate
 from train_ar import load_generator, load_mllm
 from train_tokenizer import (ATLAS, EXTENT, HELD_OUT, PALETTE, SHAPES, SIDE, TASKS, VALIDATION, WINDOW, Images, Scene, batches, captions, masks, plan,
                              questions, render)
-from vqrae import (Ranks, SimVQ, UserError, as_file, build_lpips, check_least, code_usage, command_line, explained, load_teacher, load_tokenizer,
-                   nearest, parse_config, psnr, resize)
+from vqrae import (Ranks, SimVQ, UserError, as_file, build_lpips, check_least, code_usage, command_line, explained, load_checkpoint,
+                   load_teacher, load_tokenizer, nearest, parse_config, psnr, resize)
 
 @dataclass
 class EvalConfig:
@@ -44,7 +44,7 @@ class EvalConfig:
     generation: bool = False              # instead: score out_dir's generator on prompts of the shapes world
     curves: bool = False                  # instead: draw loss, PSNR and codebook usage from out_dir's logs
     guidance: float = 2.0                 # of its pictures, see sample.py
-    temperature: float = 0.8              # of its pictures, see sample.py
+    temperature: float = 0.65             # of its pictures, see sample.py
 
     def __post_init__(self):
         self.num_images = self.num_images or (512 if self.generation or self.vqa else 2048)
@@ -77,6 +77,7 @@ def inception(weights):
     """A network, images (B, 3, H, W) uint8 -> ((B, 2048),): pytorch-fid's Inception, through torch-fidelity. Never another."""
     with explained("torch-fidelity is not installed: pip install torch-fidelity", ImportError):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    if weights: load_checkpoint(weights)                                      # refuses a pickle that torch-fidelity would run
     with explained("Inception weights cannot be had: pass --inception_weights FILE"):
         return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights or None).eval()
 
@@ -247,9 +248,9 @@ def fulfilled(images, scene, least=6.0):
     return torch.tensor(right)
 
 @torch.no_grad()
-def generation(config, ranks):
+def generation(folder, config, ranks):
     """-> shares of prompts fulfilled: geneval of drawn pictures, geneval_ceiling of reconstructions of the renderer's own."""
-    lm, text_tokenizer, tokenizer = load_generator(config.out_dir, next(iter(config.tokenizers), ""), ranks.device)
+    lm, text_tokenizer, tokenizer = load_generator(config.out_dir, folder, ranks.device)
     if tokenizer.config.image_size != SIDE:
         raise UserError(f"--generation is for pictures of the shapes world, of {SIDE} px: score others with sample.py --geneval")
     number = torch.arange(config.num_images)
@@ -292,19 +293,18 @@ def vqa(folder, config, ranks):
         asked = [(i, question, *known) for i, them in enumerate(questions(part, scene)) for question, known in them.items()]
         which, texts, kinds, truths = zip(*asked)
         said = {name: answer(mllm, text_tokenizer, z[list(which)], texts, 4) for name, z in features.items()}
-        rows += [(kind, truth, *text) for kind, truth, *text in zip(kinds, truths, *said.values())]
+        rows += zip(kinds, truths, *said.values())
     kinds, truths, *said = zip(*rows)
     result = dict(psnr=torch.cat(psnrs).mean().item())
     for name, texts in zip(features, said):
-        right = {kind: [a == b for k, a, b in zip(kinds, truths, texts) if k == kind] for kind in sorted(set(kinds))}
+        right = {kind: [a == b for k, a, b in zip(kinds, truths, texts) if kind in (k, "overall")] for kind in (*sorted(set(kinds)), "overall")}
         result[f"vqa_{name}"] = {kind: sum(r) / len(r) for kind, r in right.items()}
-        result[f"vqa_{name}"]["overall"] = sum(map(sum, right.values())) / len(rows)
         yes = [(a == "yes", b == "yes") for k, a, b in zip(kinds, truths, texts) if k == "presence"]     # (true, said)
         both, true, claimed = yes.count((True, True)), sum(a for a, _ in yes), sum(b for _, b in yes)
         result[f"pope_{name}"] = dict(accuracy=sum(a == b for a, b in yes) / len(yes), precision=both / max(1, claimed),
                                       recall=both / max(1, true), f1=2 * both / max(1, true + claimed))
     protocol = f"{len(rows)} questions about {len(index)} validation pictures, each asked alone; an answer is right if it is the same text"
-    return result | dict(protocol=protocol, reasons={})
+    return result | dict(protocol=protocol)
 
 # ---- The command line
 def evaluate(folder, config, ranks):
@@ -312,9 +312,8 @@ def evaluate(folder, config, ranks):
     model, start = load_tokenizer(folder, ranks.device), time.time()
     dataset, first, total = None, VALIDATION, config.num_images
     if config.data != "shapes":
-        size = max(config.size, model.config.image_size, model.config.output_size)
-        with ranks.first_alone():
-            dataset, first = Images(config.data, size, train=False, part=None if config.part == "all" else config.part, index_dir=config.out_dir), 0
+        first, size = 0, max(config.size, model.config.image_size, model.config.output_size)
+        with ranks.first_alone(): dataset = Images(config.data, size, train=False, part=config.part, folder=config.out_dir)
         dataset.chosen = dataset.chosen[::max(1, len(dataset) // total)]
         total = min(total, len(dataset))
     if total < max(2, ranks.size): raise UserError(f"{total} images are too few on {ranks.size} ranks: give at least {max(2, ranks.size)}")
@@ -355,36 +354,33 @@ def draw_curves(out):
 
 def table(results):
     """{folder: metrics} -> a Markdown table, a column a tokenizer."""
-    rows = {}
-    for folder, result in results.items():
+    rows = {"metric": [*results], "---": ["---"] * len(results)}
+    for column, result in enumerate(results.values()):
         for key, value in result.items():
             for part, number in (value if isinstance(value, dict) else {"": value}).items():
-                if isinstance(number, (int, float)) or number is None:
-                    text = "-" if number is None else f"{number:.4g}" if number < 100 else f"{number:.0f}"
-                    rows.setdefault(f"{key} {part}".strip(), {})[folder] = text
-    lines = [["metric", *results], ["---"] * (len(results) + 1)] + [[key, *(row.get(f, "-") for f in results)] for key, row in rows.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+                if isinstance(number, (int, float, type(None))):
+                    row = rows.setdefault(f"{key} {part}".strip(), ["-"] * len(results))
+                    if number is not None: row[column] = f"{number:.4g}" if number < 100 else f"{number:.0f}"
+    return "\n".join(f"| {' | '.join([key, *row])} |" for key, row in rows.items())
 
 def main():
-    config, *_ = parse_config(EvalConfig, {}, lambda _: [])
+    config, *_ = parse_config(EvalConfig)
     ranks, out = Ranks(config.device), Path(config.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     if config.curves: return draw_curves(out)
     if config.generation and not ranks.first: return
     path, before = out / ("vqa.json" if config.vqa else "eval.json"), {}
-    if config.generation or (len(config.tokenizers) < 2 and not config.vqa):  # scores of a tokenizer and of its generator stand side by side
+    if len(config.tokenizers) < 2 and not config.vqa:                         # scores of a tokenizer and of its generator stand side by side
         with contextlib.suppress(OSError, ValueError):
             before = {key: value for key, value in json.loads(path.read_text()).items() if config.generation or key.startswith("geneval")}
-    if config.generation:
-        result = generation(config, ranks)
-        results, notes = {key: result[key] for key in ("geneval", "geneval_ceiling")}, [result["geneval_protocol"]]
-    else:
-        folders = config.tokenizers or [f"{config.out_dir}/tokenizer"]
-        results = {folder: (vqa if config.vqa else evaluate)(folder, config, ranks) for folder in folders}
-        result = results if len(folders) > 1 else results[folders[0]]
-        notes = [f"{f}: {r['protocol']}" + "".join(f"\n  {what}: {why}" for what, why in r["reasons"].items()) for f, r in results.items()]
+    score = generation if config.generation else vqa if config.vqa else evaluate
+    results = {folder: score(folder, config, ranks) for folder in config.tokenizers or [f"{config.out_dir}/tokenizer"]}
+    result = results if len(results) > 1 else next(iter(results.values()))
     if ranks.first:
-        print(table(results), *notes, sep="\n")
+        print(table(results))
+        for folder, found in results.items():
+            notes = [f"{what}: {why}" for what, why in found.get("reasons", {}).items()]
+            print(f"{folder}: {found.get('protocol') or found['geneval_protocol']}", *notes, sep="\n  ")
         path.write_text(json.dumps(before | result, indent=1))
         print(f"wrote {path}")
 

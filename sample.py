@@ -65,7 +65,7 @@ class SampleConfig:
         if self.dpg and self.num_images not in (0, 4): raise UserError("--dpg makes four pictures a prompt: leave --num_images out")
         check_options(self.guidance, self.temperature, self.top_k, self.top_p)
 
-PRESETS = {"tiny": dict(precision="float32", guidance=2.0, temperature=0.8, top_k=0)}       # [ours] measured on shapes
+PRESETS = {"config tiny": dict(precision="float32", guidance=2.0, temperature=0.65, top_k=0)}       # [ours] measured on shapes
 
 def check_options(guidance, temperature, top_k, top_p):
     if not 0 <= guidance < 100: raise UserError(f"--guidance {guidance} is out of range: from 0 to 100; 1 is no guidance")
@@ -129,8 +129,8 @@ def generate(lm, text_tokenizer, prompts, seeds, guidance=1.0, temperature=1.0, 
 @torch.no_grad()
 def answer(mllm, text_tokenizer, Z_I, questions, max_new_tokens=64):
     """Features (B, N, d) of B images and a question about each -> B answers, the likeliest word by word."""
-    chats = [chat(text_tokenizer, [(f"<image>\n{question}", None)], Z_I.shape[1]) for question in questions]
-    ids, mask, _ = (t.to(Z_I.device) for t in pad_left(chats))
+    chats = [chat(text_tokenizer, [(f"<image>\n{question}", None)], Z_I.shape[1])[0] for question in questions]
+    ids, mask = (t.to(Z_I.device) for t in pad_left(chats))
     ids = mllm.lm.generate(inputs_embeds=mllm.embed(ids, Z_I), attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens,
                            eos_token_id=text_tokenizer.eos_token_id, pad_token_id=0)
     return [text.strip() for text in text_tokenizer.batch_decode(ids, skip_special_tokens=True)]
@@ -150,7 +150,7 @@ def converse(config, device):
         print(f"{question} {text}")
 
 # ---- What to draw ---------------------------------------------------------------------------------------------------
-Job = collections.namedtuple("Job", "prompt seeds path where line", defaults=[""])     # a seed a picture, one file; who gave the prompt, GenEval's line
+Job = collections.namedtuple("Job", "prompt seeds path where line", defaults=[""])   # a seed a picture, one file; who gave the prompt; GenEval's line
 
 def read_jobs(config):
     """-> out folder and jobs."""
@@ -190,7 +190,7 @@ def check_text(text, where, text_tokenizer, room):
         raise UserError(f"{where}: this model never learned the word {unknown[0]!r}; the first of the {len(known)} it knows: {' '.join(known[:60])}")
 
 def main():
-    config, _, origin = parse_config(SampleConfig, PRESETS, lambda values: [values["config"]])
+    config, _, origin = parse_config(SampleConfig, PRESETS)
     ranks = Ranks(config.device)
     if ranks.first: print_config(origin, config)
     if config.ask: return converse(config, ranks.device)
@@ -218,8 +218,7 @@ def main():
     bar = tqdm(total=len(todo) * visual["tokens"], desc="sampling", unit="code", disable=not ranks.first)
     pending, shown = {}, []                       # pictures that wait for the others of their file; the first 64, for a grid
     size = min(config.batch_size, len(todo))
-    for start in range(0, len(todo), max(1, size)):
-        part = todo[start:start + size]
+    for part in torch.utils.data.BatchSampler(todo, config.batch_size, drop_last=False):
         fill = (part * size)[:size] if compiled else part                     # a compiled step has one batch size
         codes = draw([job.prompt for job, _ in fill], [seed for _, seed in fill], bar=bar)[:len(part)]
         images = resize(tokenizer.detokenize(codes).clamp(0, 1), resolution).cpu()         # (b, 3, resolution, resolution)
@@ -234,13 +233,10 @@ def main():
         shown.extend(images[:64 - len(shown)])
     bar.close()
     ranks.wait()
-    if ranks.first and config.dpg:
-        print(f"\nNext, in DPG-Bench's repository: compute_dpg_bench.py --image-root-path {out} --pic-num 4 --resolution {resolution}")
-    elif ranks.first and config.geneval:
-        print(f"\nNext, in GenEval's repository: evaluation/evaluate_images.py {out} --outfile results.jsonl")
-    elif ranks.first:
-        save_image(shown, out / "grid.png", nrow=8)
-        print(f"\n{len(jobs)} pictures in {out}; the first {len(shown)} together in {out / 'grid.png'}")
+    if ranks.first and not (config.dpg or config.geneval): save_image(shown, out / "grid.png", nrow=8)
+    ranks.say(f"\nNext, in DPG-Bench's repository: compute_dpg_bench.py --image-root-path {out} --pic-num 4 --resolution {resolution}"
+              if config.dpg else f"\nNext, in GenEval's repository: evaluation/evaluate_images.py {out} --outfile results.jsonl"
+              if config.geneval else f"\n{len(jobs)} pictures in {out}; the first {len(shown)} together in {out / 'grid.png'}")
 
 if __name__ == "__main__":
     command_line(main)

@@ -129,6 +129,22 @@ def test_nearest_does_not_depend_on_the_slices():
     assert torch.equal(whole, torch.cdist(z.double(), codes.double()).argmin(1))
 
 
+@pytest.mark.parametrize("case", ["random", "clustered"])
+def test_a_search_in_bf16_finds_what_float64_finds(case, monkeypatch):
+    """Codes and latents as they start, and as training leaves them: off the origin, few dimensions with most of the variance, codes close together."""
+    k, e, n = 8192, 512, 400
+    codes, z = torch.randn(k, e) / e ** 0.5, torch.randn(n, e) / e ** 0.5
+    if case == "clustered":
+        axes = torch.randn(32, e) * torch.linspace(1, 0.05, 32)[:, None]
+        codes, z = (torch.randn(m, 32) @ axes / 5 + 0.05 * torch.randn(m, e) + 3 for m in (k, n))
+    truth = torch.cdist(z.double(), codes.double()).argmin(1)
+    found = {}
+    for low in (False, True):
+        monkeypatch.setattr(vqrae, "has_bf16", lambda device, low=low: low)
+        found[low] = vqrae.nearest(z, codes)
+    assert (found[True] == truth).float().mean() >= 0.9999 and (found[False] == truth).float().mean() >= 0.9999
+
+
 def test_straight_through_passes_the_gradient_and_exact_values():
     vq, z = SimVQ(30, 8), torch.randn(2, 5, 8, requires_grad=True)
     z_q, indices, _ = vq(z)
@@ -390,7 +406,7 @@ def test_a_failed_write_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
 # Configuration
 
 def resolved(*argv):
-    return vqrae.parse_config(tt.TrainConfig, tt.PRESETS, tt.preset_order, VQRAEConfig, MODELS, list(argv))
+    return vqrae.parse_config(tt.TrainConfig, tt.PRESETS, VQRAEConfig, MODELS, list(argv))
 
 
 @pytest.mark.parametrize("config, stage, want", [
@@ -412,8 +428,8 @@ def test_flags_win_and_origins_are_told():
     train, model, origin = resolved("--stage", "2", "--lr", "0.5", "--codebook_dim", "64", "--no-random_flip")
     assert (train.lr, model.codebook_dim, train.random_flip) == (0.5, 64, False)
     assert (origin["lr"], origin["encoder_lr"], origin["disc_start"], origin["codebook_dim"], origin["seed"]) == \
-        ("flag", ("tiny", 2), ("tiny", 2), "flag", "default")
-    assert origin["dim"] == "model" and resolved("--config", "siglip2_256", "--stage", "2")[2]["distill_weight"] == ("stage", 2)
+        ("flag", "config tiny, stage 2", "config tiny, stage 2", "flag", "default")
+    assert origin["dim"] == "model" and resolved("--config", "siglip2_256", "--stage", "2")[2]["distill_weight"] == "stage 2"
 
 
 def test_every_field_is_read_somewhere():
@@ -499,10 +515,10 @@ def test_real_renders_fulfil_their_captions_and_others_do_not():
 
 
 def test_questions_have_the_scenes_answers():
-    index = torch.arange(400) + tt.VALIDATION
+    index = torch.arange(1200) + tt.VALIDATION
     scene, seen = tt.plan(index), {}
     one = lambda word: next(s for s in tt.SHAPES if word.startswith(s))
-    for i, asked in enumerate(tt.questions(index, scene, rounds=3)):
+    for i, asked in enumerate(tt.questions(index, scene)):
         n = int(scene.count[i])
         things = [(tt.SHAPES[s], list(tt.COLORS)[c], x, y) for s, c, x, y in zip(*(t[i, :n].tolist() for t in (scene.shape, scene.color, scene.x, scene.y)))]
         for question, (kind, answer) in asked.items():
@@ -676,7 +692,7 @@ def test_tar_shards_hold_the_same_images(folder, tmp_path, capsys, monkeypatch):
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
     (tmp_path / "s-02.tar").write_bytes(b"damaged")
-    read = lambda: tt.Images(str(tmp_path / "s-{00..02}.tar"), 32, train=False, index_dir=str(tmp_path / "run"))
+    read = lambda: tt.Images(str(tmp_path / "s-{00..02}.tar"), 32, train=False, folder=str(tmp_path / "run"))
     shards, said = read(), capsys.readouterr().out
     assert len(shards) == 24 and "1 of 3 shards" in said and "s-02.tar" in said
     for item in map(shards.__getitem__, range(24)):
@@ -730,7 +746,8 @@ def simvq_cost(which, n):
     """Seconds of the best of five forwards and backwards, MB of memory beyond what was there before, the matmul's GFLOP/s."""
     import resource
     vq, z = SimVQ(16384, 1536), torch.randn(1, n, 1536, requires_grad=True)
-    step = vq if which == "ours" else lambda z: straightforward_simvq(vq, z)
+    if which == "ours in float32": vqrae.has_bf16 = lambda device: False
+    step = vq if which.startswith("ours") else lambda z: straightforward_simvq(vq, z)
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     before, seconds, rates = peak(), [], []
     for _ in range(5):
@@ -747,14 +764,16 @@ def simvq_cost(which, n):
 
 
 @slow
-@pytest.mark.parametrize("n, faster, memory", [(2048, 1.2, 0.6), (8192, 1.0, 0.3)])
-def test_simvq_is_fast_and_lean(n, faster, memory):
-    """VQRAE_SLOW=1 pytest -s -k fast_and_lean: the paper's codebook, float32, each in a process of its own."""
-    cost = {which: json.loads(subprocess.run([sys.executable, "-c", f"import test_vqrae as t; t.simvq_cost({which!r}, {n})"], cwd=HERE, text=True,
-                                             capture_output=True, check=True).stdout) for which in ("straightforward", "ours")}
+@pytest.mark.parametrize("which, n, faster, memory", [("ours in float32", 2048, 1.2, 0.6), ("ours in float32", 8192, 1.0, 0.3), ("ours", 2048, 1.2, 0.6), ("ours", 8192, 2.0, 0.3)])
+def test_simvq_is_fast_and_lean(which, n, faster, memory):
+    """VQRAE_SLOW=1 pytest -s -k fast_and_lean: the paper's codebook against the formula in float32, each in a process of its own; "ours" searches
+    in bf16 where the CPU has units for that."""
+    if which == "ours" and not vqrae.has_bf16(torch.device("cpu")): pytest.skip("this CPU has no bf16 units")
+    cost = {name: json.loads(subprocess.run([sys.executable, "-c", f"import test_vqrae as t; t.simvq_cost({name!r}, {n})"], cwd=HERE, text=True,
+                                            capture_output=True, check=True).stdout) for name in ("straightforward", which)}
     work = (2 * n * 16384 * 1536 + 2 * 16384 * 1536 ** 2) / 1e9
-    (t0, m0, _), (t1, m1, rate) = cost["straightforward"], cost["ours"]
-    print(f"\nSimVQ, N {n}: {t0 / t1:.2f} times as fast, {m1 / m0:.2f} of the extra memory, {work / t1 / rate:.0%} of the matmul rate")
+    (t0, m0, _), (t1, m1, rate) = cost["straightforward"], cost[which]
+    print(f"\nSimVQ, {which}, N {n}: {t0 / t1:.2f} times as fast, {m1 / m0:.2f} of the extra memory, {work / t1 / rate:.0%} of the float32 matmul rate")
     assert t0 / t1 >= faster and m1 / m0 <= memory
 
 
@@ -851,31 +870,14 @@ def test_a_folder_is_read_as_fast_as_pil_reads_it(tmp_path):
         tt.TF.to_pil_image(F.interpolate(noise, size=(300, 400), mode="bicubic").clamp(0, 1)[0]).save(tmp_path / f"{i}.jpg", quality=90)
     code = ("import sys; from PIL import Image; "
             "[Image.open(f'{sys.argv[1]}/{i % 1000}.jpg').convert('RGB').resize((341, 256), 3) for i in range(int(sys.argv[2]), 4000, 2)]")
-    data, rates = tt.Images(str(tmp_path), 256, random_crop=True), []
+    data, rates = tt.Images(str(tmp_path), 256, random_crop=True), {"meta": [], "cpu": []}            # meta: bytes are floats elsewhere, as on a GPU
     for _ in range(3):
         alone = clock(lambda: [p.wait() for p in [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(i)]) for i in range(2)]])
-        rates.append(alone / clock(lambda: list(tt.batches(data, 256, range(4000), 50, num_workers=2))))
-    print(f"\ndata: {max(rates):.2f} of PIL's own rate ({', '.join(f'{r:.2f}' for r in rates)})")
-    assert max(rates) > 0.9
-
-
-@slow
-def test_what_a_search_in_bf16_would_bring():
-    """VQRAE_SLOW=1 pytest -s -k search_in_bf16: candidates by a bf16 product, decided among in float32, against the float32 search. N 8192, k 16384, e 1536."""
-    codes, z = torch.randn(16384, 1536) / 1536 ** 0.5, torch.randn(8192, 1536) / 1536 ** 0.5
-    half, low = codes.square().sum(1) / 2, codes.bfloat16()
-
-    def by_candidates(z, count=8):
-        found = []
-        for rows in z.split(512):
-            index = (half - (rows.bfloat16() @ low.T).float()).topk(count, largest=False).indices         # (512, count)
-            exact = half[index] - (codes[index] * rows[:, None]).sum(-1)
-            found.append(index.gather(1, exact.argmin(1, keepdim=True))[:, 0])
-        return torch.cat(found)
-
-    truth = torch.cat([(codes.double().square().sum(1) / 2 - rows.double() @ codes.double().T).argmin(1) for rows in z.split(1024)])
-    for name, search in (("float32", lambda z: vqrae.nearest(z, codes)), ("bf16 candidates", by_candidates)):
-        print(f"\n{name}: {min(clock(lambda: search(z)) for _ in range(3)):.2f} s, {(search(z) == truth).float().mean().item():.3%} of indices as float64's")
+        for device, found in rates.items():
+            found.append(alone / clock(lambda: [None for _ in tt.batches(data, 256, range(4000), 50, num_workers=2, device=device)]))
+    for device, found in rates.items():
+        print(f"\ndata, floats on {device}: {max(found):.2f} of PIL's own rate ({', '.join(f'{r:.2f}' for r in found)})")
+    assert max(rates["meta"]) > 0.9
 
 
 def test_knn_and_probe_on_a_case_with_a_known_answer():
@@ -1164,7 +1166,7 @@ def test_generated_pictures_are_scored(trained, tmp_path):
     (out / "eval.json").write_text('{"psnr": 1.0}')
     said = run("eval.py", "--generation", "--num_images", 24, "--out_dir", out)
     found = json.loads((out / "eval.json").read_text())
-    assert found["psnr"] == 1.0 and "| overall |" in said and Image.open(out / "geneval.png").size[1] > 6 * 64
+    assert found["psnr"] == 1.0 and "| geneval overall |" in said and Image.open(out / "geneval.png").size[1] > 6 * 64
     for key in ("geneval", "geneval_ceiling"):
         assert set(found[key]) == {*tt.TASKS[:6], "overall", "held_out_pairs"} and 0 <= found[key]["overall"] <= 1
     assert "of 64 px" in run("eval.py", "--generation", "--out_dir", trained[0], fails=True)
@@ -1178,8 +1180,8 @@ def test_chat_puts_features_where_image_stood_and_scores_answers_alone():
     assert spell(chats[0][0]) == "user : z z z how many rings are there ? assistant : two </s> user : is it red ? assistant : no </s>"
     assert [spell([i for i, s in zip(*c) if s]) for c in chats] == ["two </s> no </s>", "two rings </s>", ""]
     assert spell(chats[1][0]) == "z z z two rings </s>" and spell(chats[2][0]) == "user : is it z z z red ? assistant :"
-    ids, mask, scored = train_ar.pad_left(chats)
-    lm, _ = train_ar.build_lm(train_ar.ARConfig(**train_ar.PRESETS["tiny"]), ["USER: ASSISTANT: how many rings are there? two is it red? no"])
+    ids, mask, scored = train_ar.pad_left(*zip(*chats))
+    lm, _ = train_ar.build_lm(train_ar.ARConfig(**train_ar.PRESETS["config tiny"]), ["USER: ASSISTANT: how many rings are there? two is it red? no"])
     net, Z_I = train_ar.MLLM(lm, 8), torch.randn(3, 3, 8)
     x = net.embed(ids, Z_I)
     for b in range(3):
@@ -1199,7 +1201,7 @@ def test_understanding_end_to_end(trained, tmp_path):
     flags = ["train_ar.py", "--task", "understand", "--out_dir", out, "--batch_size", 4, "--log_every", 1, "--val_images", 8, "--device", "cpu"]
     said = run(*flags, "--total_steps", 3)
     assert re.search("Next: python eval.py .*--vqa", said) and losses(out / "log_pretrain.jsonl").keys() == losses(out / "log_sft.jsonl").keys() == {1, 2, 3}
-    config, _, _ = vqrae.parse_config(train_ar.ARConfig, train_ar.PRESETS, train_ar.preset_order, argv=[*map(str, flags[1:]), "--phase", "pretrain"])
+    config, _, _ = vqrae.parse_config(train_ar.ARConfig, train_ar.PRESETS, argv=[*map(str, flags[1:]), "--phase", "pretrain"])
     task = train_ar.Understand(config, vqrae.Ranks("cpu"), out / "mllm")
     fresh, states = task.net.state_dict(), [vqrae.load_checkpoint(out / "mllm" / f"{phase}.pt")["model"] for phase in ("pretrain", "sft")]
     moved = [{name.split(".")[0] for name in state if not torch.equal(state[name], before[name])} for before, state in ((fresh, states[0]), states)]

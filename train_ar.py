@@ -41,9 +41,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, logging
 
 from train_tokenizer import VALIDATION, Images, batches, captions, decode, plan, questions, render, shuffled, uniforms
-from vqrae import (Log, Ranks, UserError, bench, check_finite, check_run, check_same, command_line, explained, full, hub_file, ignore_signals, load_checkpoint,
-                   load_teacher, load_tokenizer, lr_factor, next_command, no_autocast, open_run, parse_config, print_config, report, resize,
-                   resume_command, save_checkpoint, split_batch)
+from vqrae import (Log, Ranks, UserError, bench, check_finite, check_run, check_same, command_line, explained, full, hub_file, ignore_signals,
+                   load_checkpoint, load_teacher, load_tokenizer, lr_factor, next_command, no_autocast, open_run, parse_config, print_config,
+                   report, resize, save_checkpoint, split_batch)
 
 logging.set_verbosity_error()                     # transformers' own
 logging.disable_progress_bar()
@@ -95,7 +95,6 @@ class ARConfig:
     val_images: int = 256                 # [ours] images a validation
 
     def __post_init__(self):
-        self.out_dir = self.out_dir or f"out/{self.config}"
         self.tokenizer = self.tokenizer or f"{self.out_dir}/tokenizer"
         check_run(self)
         if not 0 <= self.caption_drop <= 1: raise UserError(f"--caption_drop is a share between 0 and 1, not {self.caption_drop}")
@@ -103,21 +102,19 @@ class ARConfig:
 
 PRESETS = {
     # [T8] Understanding, the LLaVA-1.5 recipe: an epoch of 595 thousand captions, then of 665 thousand conversations; warmup is 3% of the steps.
-    "pretrain": dict(lm="lmsys/vicuna-7b-v1.5", lr=1e-3, end_lr=0.0, total_steps=2325, warmup_steps=70, batch_size=256, eps=1e-8, max_length=2048),
-    "sft": dict(lm="lmsys/vicuna-7b-v1.5", lr=2e-5, end_lr=0.0, total_steps=5195, warmup_steps=156, batch_size=128, eps=1e-8, max_length=2048),
-    ("siglip2_base_256", ""): dict(batch_size=128, micro_batch=16),                                                                      # [ours]
-    "tiny": dict(lm="random", max_length=128, precision="float32", batch_size=16, num_workers=0, total_steps=5000, lr=1.5e-3,         # [ours]
-                 end_lr=1e-4, warmup_steps=50, log_every=20, eval_every=500, save_every=500, lm_config=dict(
-                     hidden_size=128, num_hidden_layers=4, intermediate_size=384, num_attention_heads=4, num_key_value_heads=4, head_dim=32,
-                     rope_parameters=dict(rope_type="default", rope_theta=1000.0), initializer_range=0.06)),
-    ("tiny", "pretrain"): dict(total_steps=60, warmup_steps=10, max_length=192, eps=1e-8),                                            # [ours]
-    ("tiny", "sft"): dict(total_steps=1600, lr=2e-3, max_length=256, eps=1e-8),                                                        # [ours]
+    "task understand": dict(lm="lmsys/vicuna-7b-v1.5", end_lr=0.0, eps=1e-8, max_length=2048),
+    "phase pretrain": dict(lr=1e-3, total_steps=2325, warmup_steps=70, batch_size=256),
+    "phase sft": dict(lr=2e-5, total_steps=5195, warmup_steps=156, batch_size=128),
+    "config siglip2_base_256, task generate": dict(batch_size=128, micro_batch=16),                                                   # [ours]
+    "config tiny": dict(lm="random", max_length=128, precision="float32", batch_size=16, num_workers=0, total_steps=3300, lr=2.5e-3,  # [ours]
+                        end_lr=1e-4, warmup_steps=50, log_every=20, eval_every=600, save_every=600, lm_config=dict(
+                            hidden_size=128, num_hidden_layers=4, intermediate_size=384, num_attention_heads=4, num_key_value_heads=4, head_dim=32,
+                            rope_parameters=dict(rope_type="default", rope_theta=1000.0), initializer_range=0.06)),
+    "config tiny, phase pretrain": dict(total_steps=60, warmup_steps=10, lr=2.5e-3, max_length=192),                                  # [ours]
+    "config tiny, phase sft": dict(total_steps=1800, lr=1.5e-3, max_length=192),                                                      # [ours]
 }
 
 SHARED = {"config", "out_dir", "device"}          # flags that the next command takes over
-
-def preset_order(values):
-    return [values["phase"], values["config"], (values["config"], values["phase"])]
 
 # ---- Language model and layout. What sets ours apart from any other Qwen3 is written in its config as `visual`:
 # offset and codes (the ids offset ... offset + codes - 1 are pictures), tokens (N), boi, eoi, max_length, and which tokenizer.
@@ -173,20 +170,19 @@ def grow_vocabulary(lm, text_tokenizer, tokenizer, which, max_length):
     boi, eoi = text_tokenizer.convert_tokens_to_ids([BOI, EOI])
     lm.config.visual = dict(offset=offset, codes=codes, tokens=tokenizer.config.num_tokens, boi=boi, eoi=eoi, max_length=max_length, tokenizer=which)
 
-def to_the_right(rows):
-    """Lists of different lengths -> (B, L), zeros on the left: masked there, any id will do."""
-    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_side="left")
+def pad_left(ids, *more):
+    """B lists of different lengths -> ids, mask, and `more` such lists (B, L) each; zeros on the left: masked there, any id will do."""
+    pad = lambda rows: nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_side="left")
+    return [pad(ids), pad([[1] * len(row) for row in ids]), *map(pad, more)]
 
 def layout(text_tokenizer, visual, texts, codes=None):
     """B captions and their codes (B, N) -> ids and mask (B, T + N + 2), as drawn at the top of this file; without codes (B, T + 1): a prompt,
     that ends with BOI. T is the longest caption's length. Captions beyond max_length are cut."""
     encoded = text_tokenizer(texts, add_special_tokens=False).input_ids
     rows = [ids[:visual["max_length"] - visual["tokens"] - 2] + [visual["boi"]] for ids in encoded]
-    ids, mask = to_the_right(rows), to_the_right([[1] * len(row) for row in rows])
     if codes is not None:
-        ids = F.pad(torch.cat([ids, codes.cpu() + visual["offset"]], 1), (0, 1), value=visual["eoi"])
-        mask = F.pad(mask, (0, codes.shape[1] + 1), value=1)
-    return ids, mask
+        rows = [row + picture + [visual["eoi"]] for row, picture in zip(rows, (codes + visual["offset"]).tolist())]
+    return pad_left(rows)
 
 def positions_of(mask):
     """(B, L) -> position of each token in its own text (B, L): padding on the left does not count."""
@@ -225,7 +221,7 @@ def open_codes(source, part, config, tokenizer, which, ranks):
     """Codes and captions of `source` as one memory-mapped array of records, codes-PART-TOKENIZER-DATA.npy, made if need be; None for shapes."""
     if source == "shapes": return None
     with ranks.first_alone():                                                 # in order; centre crop [T9]
-        dataset = Images(source, tokenizer.config.image_size, train=False, part=None if config.val_data else part, index_dir=config.out_dir)
+        dataset = Images(source, tokenizer.config.image_size, train=False, part="all" if config.val_data else part, folder=config.out_dir)
     listing = hashlib.sha256()
     for record in map(dataset.record, range(len(dataset))):
         file, _, size = record["image"]
@@ -236,21 +232,18 @@ def open_codes(source, part, config, tokenizer, which, ranks):
     if others and not config.overwrite_cache:
         what = f"other images than are now in {source}" if which in others[0].name else f"another tokenizer than {config.tokenizer}"
         raise UserError(f"{others[0]} was made with {what}: --overwrite_cache makes it anew, --out_dir keeps both")
-    ranks.wait()                                                              # nobody writes before all have looked
     partial = path.with_suffix(".partial")
     if ranks.first:
-        path.parent.mkdir(parents=True, exist_ok=True)
         dtype = [("codes", "<u2" if tokenizer.config.codebook_size <= 1 << 16 else "<u4", tokenizer.config.num_tokens), ("text", "S1024")]
         np.lib.format.open_memmap(partial, "w+", dtype, (len(dataset),))      # captions beyond 1024 bytes of UTF-8 are cut
     ranks.wait()
     rows = np.load(partial, mmap_mode="r+")
     share = range(len(rows) * ranks.rank // ranks.size, len(rows) * (ranks.rank + 1) // ranks.size)           # this rank's
-    bar, lengths = tqdm(share, f"codes-{part}", unit="image", disable=not ranks.first), []
+    bar = tqdm(share, f"codes-{part}", unit="image", disable=not ranks.first)
     for batch, at in zip(batches(dataset, tokenizer.config.image_size, bar, 64, config.num_workers, ranks.device), share[::64]):
         new = [(text or label).encode() for text, label in zip(batch["text"], batch["label"])]       # no caption: its class
         rows[at:at + len(new)] = list(zip(tokenizer.tokenize(batch["image"]).tolist(), new))
-        lengths += map(len, new)
-    if not ranks.sum(torch.tensor(float(any(lengths)))):
+    if not ranks.sum(torch.tensor(np.count_nonzero(rows["text"][share.start:share.stop]))):
         raise UserError(f"no image of {source} has a caption or a class: write metadata.jsonl with file_name and text, or a .txt beside each")
     rows.flush()
     ranks.wait()
@@ -275,11 +268,6 @@ def chat(text_tokenizer, turns, tokens, plain=False):
             scored += [True] * (len(ids) - len(scored))
     return ids, scored
 
-def pad_left(rows):
-    """[(ids, scored), ...] -> ids, mask, scored (B, L)."""
-    ids, scored = zip(*rows)
-    return to_the_right(ids), to_the_right([[1] * len(row) for row in ids]), to_the_right(scored).bool()
-
 class MLLM(nn.Module):
     """LLaVA-1.5: a language model that reads Z_I (B, N, d) through a two-layer connector, in the place of <image>."""
     def __init__(self, lm, dim):
@@ -297,15 +285,12 @@ class MLLM(nn.Module):
 
 class Conversations(Images):
     """LLaVA's JSON by position: [{"image": path, "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", ...}]}, ...]."""
-    def __init__(self, file, images, size, seed=0, part=None):
-        self.folder = Path(images or Path(file).parent)
-        super().__init__(file, size, seed, part=part)
-
-    def read(self, file, _):
+    def read(self, file, folder):
+        folder = Path(folder or Path(file).parent)
         with explained(f"{file}: not LLaVA's JSON, a list of objects with image and conversations, human and gpt in turn"):
             rows = json.loads(Path(file).read_text("utf-8"))
             pairs = [(row["image"], zip(row["conversations"][::2], row["conversations"][1::2], strict=True)) for row in rows if "image" in row]
-            records = [dict(name=self.folder / name, turns=[(asked["value"], said["value"]) for asked, said in turns]) for name, turns in pairs]
+            records = [dict(name=folder / name, turns=[(asked["value"], said["value"]) for asked, said in turns]) for name, turns in pairs]
         if len(records) < len(rows): print(f"{file}: {len(rows) - len(records)} conversations have no image and are left out")
         for number, record in enumerate(records):
             marks, where = sum(question.count("<image>") for question, _ in record["turns"]), f"{file}, conversation {number} with an image"
@@ -323,7 +308,7 @@ def square(image, size):
 def shapes_turns(index, size, phase):
     """Picture numbers (B,) -> B pairs of image (3, size, size) and its turns: a caption to pretrain on, else questions of four kinds."""
     scene = plan(index)
-    asked = [{"": ("caption", caption)} for caption in captions(scene)] if phase == "pretrain" else questions(index, scene, rounds=3)
+    asked = [{"": ("caption", caption)} for caption in captions(scene)] if phase == "pretrain" else questions(index, scene)
     turns = [[(question, answer) for question, (_, answer) in them.items()] for them in asked]
     return [dict(image=image, turns=[("<image>\n" + question, answer), *more])
             for image, ((question, answer), *more) in zip(resize(render(scene), size), turns)]
@@ -351,7 +336,6 @@ class Generate:
             raise UserError(f"--max_length {config.max_length} has no room for a picture, its two marks and a caption: at least {least}")
         self.data = open_codes(config.data, "train", config, self.tokenizer, self.which, ranks)
         self.val = open_codes(config.val_data or config.data, "val", config, self.tokenizer, self.which, ranks)
-        self.val_at = range(VALIDATION, VALIDATION + config.val_images) if self.val is None else range(min(config.val_images, len(self.val)))
         texts = captions(plan(torch.arange(10_000))) if self.data is None else self.fetch(range(len(self.data)))[1] if config.lm == "random" else []
         self.lm, self.text_tokenizer = build_lm(config, texts)
         grow_vocabulary(self.lm, self.text_tokenizer, self.tokenizer, self.which, config.max_length)
@@ -402,12 +386,11 @@ class Understand:
         if config.max_length <= self.tokens: raise UserError(f"--max_length {config.max_length} cannot hold {self.tokens} features and a question")
         if config.data == "shapes":
             self.data, self.val, index = None, None, torch.arange(5_000)
-            texts = captions(scene := plan(index)) + [f"{q} {a}" for asked in questions(index, scene, 3) for q, (_, a) in asked.items()]
+            texts = captions(scene := plan(index)) + [f"{q} {a}" for asked in questions(index, scene) for q, (_, a) in asked.items()]
         else:
-            self.data, self.val = (Conversations(file, config.images, self.size, config.seed, None if config.val_data else part)
+            self.data, self.val = (Conversations(file, self.size, config.seed, part="all" if config.val_data else part, folder=config.images)
                                    for file, part in ((config.data, "train"), (config.val_data or config.data, "val")))
             texts = [text.replace("<image>", "") for i in range(len(self.data)) for turn in self.data.record(i)["turns"] for text in turn]
-        self.val_at = range(min(config.val_images, len(self.val))) if self.val else range(VALIDATION, VALIDATION + config.val_images)
         self.lm, self.text_tokenizer = build_lm(config, texts + ["USER: ASSISTANT:"])
         self.lm.config.understand = dict(dim=model_config.dim, tokens=self.tokens, image_size=self.size, max_length=config.max_length)
         self.net = MLLM(self.lm, model_config.dim)
@@ -425,7 +408,7 @@ class Understand:
         chats = [(ids[:self.config.max_length], scored[:self.config.max_length]) for ids, scored in chats]
         whole = [i for i, (ids, scored) in enumerate(chats) if ids.count(IMAGE) == self.tokens and any(scored)]     # else cut before image or answer
         if not whole: raise UserError(f"none of these {len(rows)} conversations has image and answer within --max_length {self.config.max_length}")
-        return *pad_left([chats[i] for i in whole]), torch.stack([rows[i]["image"] for i in whole])
+        return *pad_left(*zip(*(chats[i] for i in whole))), torch.stack([rows[i]["image"] for i in whole])
 
     def stream(self, parts, val=False):
         """-> Iterator over ids, mask, scored (b, L) and images (b, 3, h, w)."""
@@ -458,8 +441,9 @@ def train(config, ranks):
     resumed = open_run(path, config)
     first_step = resumed["step"] if resumed else 0
     if first_step > config.total_steps: raise UserError(f"{path} is at step {first_step}, beyond --total_steps {config.total_steps}")
-    task = (Understand if config.phase else Generate)(config, ranks, folder)
     folder.mkdir(parents=True, exist_ok=True)
+    task = (Understand if config.phase else Generate)(config, ranks, folder)
+    task.val_at = range(VALIDATION, VALIDATION + config.val_images) if task.val is None else range(min(config.val_images, len(task.val)))
     task.net.to(device, torch.float64 if config.precision == "float64" else None).train()
     learning = [p for p in task.net.parameters() if p.requires_grad]
     how = dict(lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.weight_decay,
@@ -536,18 +520,19 @@ def train(config, ranks):
                time=f"{(time.time() - start) / 60:.1f} minutes", pictures="" if config.phase else out / "samples.png", model=folder))
         print(f"\nNext: {task.next}")
     ranks.wait()
-    if stop and not last: ranks.say(f"stopped at step {step}, all saved. Go on with: {resume_command()}")
+    if stop and not last: ranks.say(f"stopped at step {step}, all saved. Go on with: {next_command(sys.argv[0], config, resume=True)}")
     return last
 
 def main():
-    config, _, _ = parse_config(ARConfig, PRESETS, preset_order)
-    ranks, phases = Ranks(config.device), [config.phase]
+    config, _, _ = parse_config(ARConfig, PRESETS)
+    ranks, phases, given = Ranks(config.device), [config.phase], config.given
     if config.task == "understand" and not config.phase:
         phases = ["sft"] if config.resume and (Path(config.out_dir) / "mllm/sft.pt").exists() else ["pretrain", "sft"]
         if config.overwrite and not config.bench and ranks.first: Path(config.out_dir, "mllm/sft.pt").unlink(missing_ok=True)   # else resumed
     for phase in phases:
-        config, _, origin = parse_config(ARConfig, PRESETS, preset_order, argv=[*sys.argv[1:], "--phase", phase])
+        config, _, origin = parse_config(ARConfig, PRESETS, argv=[*sys.argv[1:], "--phase", phase])
         config.resume = config.resume and phase == phases[0]                  # what comes after it was not begun
+        config.given = given                                                  # without --phase, unless the user gave one
         if ranks.first: print_config(origin, config)
         if not train(config, ranks): break
 

@@ -12,7 +12,7 @@ Train the VQRAE tokenizer: the paper's two stages, and before them a stage 0 for
     stage 1   encoder frozen; codebook and decoder learn to reconstruct       (eq. 4)   -> stage1.pt, tokenizer-stage1/
     stage 2   encoder too, held to its old features by distillation           (eq. 6)   -> stage2.pt, tokenizer-stage2/
 """
-import copy, functools, hashlib, io, itertools, json, math, os, re, tarfile, time, zlib
+import copy, functools, hashlib, io, itertools, json, math, os, re, sys, tarfile, time, zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -26,10 +26,10 @@ from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from vqrae import (MODELS, VQRAE, Discriminator, Encoder, Log, PerceptualLoss, Ranks, UserError, VQRAEConfig, bench, check_finite, check_run, check_same,
-                   code_usage, command_line, distill_loss, explained, full, hinge_d_loss, ignore_signals, lecam, load_checkpoint,
-                   load_encoder_weights, lr_factor, next_command, open_run, parse_config, print_config, psnr, report, resize, resume_command,
-                   save_checkpoint, save_tokenizer, split_batch)
+from vqrae import (MODELS, VQRAE, Discriminator, Encoder, Log, PerceptualLoss, Ranks, UserError, VQRAEConfig, bench, check_finite, check_run,
+                   check_same, code_usage, command_line, distill_loss, explained, full, hinge_d_loss, ignore_signals, lecam, load_checkpoint,
+                   load_encoder_weights, lr_factor, next_command, open_run, parse_config, print_config, psnr, report, resize, save_checkpoint,
+                   save_tokenizer, split_batch)
 
 # ---- Configuration. Defaults: stage 1 of SigLIP2-so400m 256. Sources: [T7] the paper's Table 7, [TiTok] inherited from the code it adapts, [ours].
 @dataclass
@@ -90,27 +90,23 @@ class TrainConfig:
     val_images: int = 256                 # [ours] images a validation
 
     def __post_init__(self):
-        self.out_dir = self.out_dir or f"out/{self.config}"
         check_run(self, disc_width=1, encoder_lr=0)
 
 PRESETS = {
     # What stage 2 changes: the encoder moves, slowly and on a leash; a discriminator comes in near the end.
-    ("stage", 2): dict(encoder_lr=1e-5, lr=1e-4, end_lr=1e-5, distill_weight=1.0, disc_start=50_000, total_steps=70_000),            # [T7]
-    "internvit_448": dict(batch_size=768, total_steps=45_000),                                                                       # [T7]
-    ("internvit_448", 2): dict(disc_start=30_000, total_steps=60_000),                                                               # [T7]
-    "siglip2_base_256": dict(batch_size=256, micro_batch=32),                                                                        # [ours]
+    "stage 2": dict(encoder_lr=1e-5, lr=1e-4, end_lr=1e-5, distill_weight=1.0, disc_start=50_000, total_steps=70_000),                # [T7]
+    "config internvit_448": dict(batch_size=768, total_steps=45_000),                                                                 # [T7]
+    "config internvit_448, stage 2": dict(disc_start=30_000, total_steps=60_000),                                                     # [T7]
+    "config siglip2_base_256": dict(batch_size=256, micro_batch=32),                                                                  # [ours]
     # A world of minutes, not days: everything shorter, rates higher, the losses the same but for the perceptual one.
-    "tiny": dict(batch_size=16, total_steps=1100, lr=2e-3, end_lr=1e-4, warmup_steps=50, beta2=0.95, precision="float32",            # [ours]
+    "config tiny": dict(batch_size=16, total_steps=1100, lr=2e-3, end_lr=1e-4, warmup_steps=50, beta2=0.95, precision="float32",      # [ours]
                  num_workers=0, perceptual="vfm", perceptual_weight=0.005, disc_width=16, log_every=20, eval_every=300, save_every=300),
-    ("tiny", 2): dict(total_steps=760, lr=1e-3, end_lr=1e-4, encoder_lr=1e-3, distill_weight=0.2, disc_start=700, disc_weight=0.001),     # [ours]
+    "config tiny, stage 2": dict(total_steps=760, lr=1e-3, encoder_lr=1e-3, distill_weight=0.2, disc_start=700, disc_weight=0.001),   # [ours]
 }
 
 # The flags that a run's next stage takes over.
 CARRIED = {"config", "data", "val_data", "out_dir", "device", "seed", "batch_size", "micro_batch", "num_workers", "perceptual", "lpips_weights",
            "convnext_weights", "precision", "loss_precision", "compile", "checkpointing", "tf32", *(f.name for f in fields(VQRAEConfig))}
-
-def preset_order(values):
-    return [("stage", values["stage"]), values["config"], (values["config"], values["stage"])]
 
 # ---- Data. Everything is a function of (seed, position): position 0, 1, 2, ... counts the images a run has seen, so that any
 # number of ranks and workers, and a resumed run, see the same images in the same order with the same crops.
@@ -144,19 +140,18 @@ def shuffled(position, n, seed):
 
 class Images(torch.utils.data.Dataset):
     """Images of a folder or of tar shards by position, `size` pixels a side, with caption and class. Unreadable ones are stepped over.
-    part: None for all, "train" for all but every 20th, "val" for those. index_dir: where the shards' index is kept."""
-    def __init__(self, source, size, seed=0, train=True, random_crop=False, random_flip=False, part=None, index_dir="out"):
+    part: "train" is all but every 20th, "val" those. folder: of the shards' index; of the pictures that a JSON (train_ar.Conversations) names."""
+    def __init__(self, source, size, seed=0, train=True, random_crop=False, random_flip=False, part="all", folder="out"):
         self.source, self.size, self.seed, self.train, self.random_crop, self.random_flip = source, size, seed, train, random_crop, random_flip
-        self.records, self.skipped = self.read(source, index_dir), set()
+        self.records, self.skipped = self.read(source, folder), set()
         self.chosen = np.arange(len(self.records))                            # by number: the list itself may be as long as the disk is large
-        if part: self.chosen = self.chosen[(self.chosen % 20 == 0) == (part == "val")]
+        if part != "all": self.chosen = self.chosen[(self.chosen % 20 == 0) == (part == "val")]
         if not len(self): raise UserError(f"{source} is too small to hold every 20th out for validation: name some with --val_data")
 
-    def read(self, source, index_dir):
-        return Shards(source, index_dir) if source.endswith(".tar") else read_folder(source)
+    def read(self, source, folder):
+        return Shards(source, folder) if source.endswith(".tar") else read_folder(source)
 
-    def __len__(self):
-        return len(self.chosen)
+    def __len__(self): return len(self.chosen)
 
     def record(self, position):
         return self.records[self.chosen[shuffled(position, len(self), self.seed) if self.train else position % len(self)]]
@@ -175,11 +170,8 @@ class Images(torch.utils.data.Dataset):
                 skipped.append(f"{record['name']}: {' '.join(str(error).split())}")
         raise UserError(f"no readable image in {self.source}: the first is {skipped[0]}")
 
-def read_bytes(path, offset, size):
-    """size -1: the whole file."""
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(size)
+def read_bytes(path, offset, size):                                           # size -1: the whole file
+    return np.fromfile(path, np.uint8, size, offset=offset).tobytes()
 
 def read_folder(folder):
     """Images below `folder`, sorted; caption and class from metadata.jsonl, else a .txt beside the image and the parent folder."""
@@ -235,8 +227,7 @@ class Shards:
         longest = max([1, *(len(row[-1]) for row in rows)])
         return np.array(rows, f"u4, u8, u4, u8, u4, S{longest}"), error
 
-    def __len__(self):
-        return len(self.rows)
+    def __len__(self): return len(self.rows)
 
     def __getitem__(self, i):
         shard, at, size, text_at, text_size, key = self.rows[i].item()
@@ -290,25 +281,23 @@ class Pretrainer(nn.Module):
             losses[name] = F.cross_entropy(head(z).unflatten(-1, (16, -1)).flatten(0, 2), target.flatten())
         return losses | dict(place=0.3 * (self.place(z)[:, :, None] - where)[what[0] > 0].abs().mean())
 
-def pretrain(config, model_config, ranks, path):
+def pretrain(config, model_config, device, path):
     """Stage 0 -> `path`. Always on shapes: see README, "Stage 0 and your own images"."""
-    if ranks.first:
-        torch.manual_seed(config.seed)
-        net = Pretrainer(Encoder(model_config), model_config.dim).to(ranks.device)
-        optimizer = torch.optim.AdamW(net.parameters(), lr=config.stage0_lr, betas=(config.beta1, config.beta2), weight_decay=0.05)
-        stream = batches(None, model_config.image_size, range(16 * config.stage0_steps), 16, device=ranks.device)
-        for step, batch in enumerate(bar := tqdm(stream, "stage 0", config.stage0_steps, unit="step")):
-            optimizer.param_groups[0]["lr"] = config.stage0_lr * lr_factor(step, 30, config.stage0_steps, 0.01)
-            losses = net(batch["image"], batch["text"], batch["scene"])
-            values = {name: loss.item() for name, loss in losses.items()}
-            check_finite(values, step, "try a lower --stage0_lr")
-            optimizer.zero_grad()
-            sum(losses.values()).backward()
-            nn.utils.clip_grad_norm_(net.parameters(), config.clip)
-            optimizer.step()
-            bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
-        save_checkpoint(path, dict(encoder=net.encoder.vit.state_dict(), model_config=asdict(model_config)))
-    ranks.wait()
+    torch.manual_seed(config.seed)
+    net = Pretrainer(Encoder(model_config), model_config.dim).to(device)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=config.stage0_lr, betas=(config.beta1, config.beta2), weight_decay=0.05)
+    stream = batches(None, model_config.image_size, range(16 * config.stage0_steps), 16, device=device)
+    for step, batch in enumerate(bar := tqdm(stream, "stage 0", config.stage0_steps, unit="step")):
+        optimizer.param_groups[0]["lr"] = config.stage0_lr * lr_factor(step, 30, config.stage0_steps, 0.01)
+        losses = net(batch["image"], batch["text"], batch["scene"])
+        values = {name: loss.item() for name, loss in losses.items()}
+        check_finite(values, step, "try a lower --stage0_lr")
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        nn.utils.clip_grad_norm_(net.parameters(), config.clip)
+        optimizer.step()
+        bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
+    save_checkpoint(path, dict(encoder=net.encoder.vit.state_dict(), model_config=asdict(model_config)))
 
 # ---- Stages 1 and 2 -------------------------------------------------------------------------------------------------
 def parameter_groups(model, discriminator, config):
@@ -318,7 +307,7 @@ def parameter_groups(model, discriminator, config):
         if p.requires_grad:
             decays = p.ndim > 1 and not name.endswith(("pos_embed", "cls_token"))
             groups.setdefault((name.startswith("encoder."), decays), []).append(p)
-    groups = [dict(params=params, base_lr=config.encoder_lr if of_encoder else config.lr, start=0, weight_decay=config.weight_decay if decays else 0.0)
+    groups = [dict(params=params, base_lr=config.encoder_lr if of_encoder else config.lr, start=0, weight_decay=config.weight_decay * decays)
               for (of_encoder, decays), params in groups.items()]
     if discriminator:
         groups.append(dict(params=[*discriminator.parameters()], base_lr=config.disc_lr, start=config.disc_start, weight_decay=config.weight_decay))
@@ -341,9 +330,8 @@ def starting_point(config, model_config, ranks, resumed):
     else:
         if source == "stage0":
             source = (run if (run / "stage0.pt").exists() else Path(config.out_dir)) / "stage0.pt"
-            missing = not source.exists()
-            ranks.wait()                                                      # nobody writes before all have looked
-            if missing: pretrain(config, model_config, ranks, source)
+            with ranks.first_alone():
+                if not source.exists(): pretrain(config, model_config, ranks.device, source)
             of_encoder = {name: getattr(model_config, name) for name in ("encoder", "encoder_kwargs", "patch_size", "dim")}
             check_same(load_checkpoint(source).get("model_config", {}), of_encoder, f"{source} is of another encoder")
         load_encoder_weights(model.encoder, str(source))
@@ -355,8 +343,8 @@ def start_bottleneck(model, config, dataset, ranks):
     model.to(ranks.device)
     if ranks.first:
         size, p, Z_I, pixels = model.config.image_size, model.config.patch_size, [], []
-        k = model.config.codebook_size
-        positions = range(max(64, max(32 * k, min(128 * k, 1 << 19)) // model.config.num_tokens))     # 128 patches a code; fewer where they fill GBs
+        patches = min(128 * model.config.codebook_size, max(32 * model.config.codebook_size, 1 << 19))          # 128 a code, while they are few
+        positions = range(max(64, patches // model.config.num_tokens))
         for batch in batches(dataset, size, positions, min(64, config.batch_size), config.num_workers, ranks.device):
             Z_I.append(model.encode(batch["image"]).flatten(0, 1))                            # (B N, d)
             pixels.append(F.unfold(batch["image"], p, stride=p).transpose(1, 2).unflatten(2, (3, -1)).flatten(0, 1))      # (B N, 3, p p)
@@ -386,8 +374,8 @@ def train(config, model_config, ranks):
     size, val_source, split = model_config.image_size, config.val_data or config.data, not config.val_data and config.data != "shapes"
     with ranks.first_alone():
         data = None if config.data == "shapes" else Images(config.data, size, config.seed, True, config.random_crop, config.random_flip,
-                                                           "train" if split else None, out)
-        val_data = None if val_source == "shapes" else Images(val_source, size, train=False, part="val" if split else None, index_dir=out)
+                                                           "train" if split else "all", out)
+        val_data = None if val_source == "shapes" else Images(val_source, size, train=False, part="val" if split else "all", folder=out)
     torch.manual_seed(config.seed)
     model, teacher = starting_point(config, model_config, ranks, resumed)
     torch.manual_seed(config.seed)                                            # the same from here on, whether stage 0 ran just now or not
@@ -421,13 +409,14 @@ def train(config, model_config, ranks):
     positions = (step * config.batch_size + ranks.rank * local + i for step in range(first_step, config.total_steps) for i in range(local))
     stream = batches(data, size, positions, micro, config.num_workers, device)
     log = Log(out / f"log_stage{config.stage}.jsonl", first_step, ranks.first and not config.bench)
-    bar = tqdm(total=config.total_steps, initial=first_step, desc=f"stage {config.stage}", unit="step", disable=not ranks.first)
+    bar = tqdm(range(first_step, config.total_steps + 1), f"stage {config.stage}", config.total_steps, initial=first_step, unit="step",
+               disable=not ranks.first)                                       # the last round only validates and saves
     weights = dict(l2=config.l2_weight, perceptual=config.perceptual_weight, quant=1.0, distill=config.distill_weight, adversarial=config.disc_weight)
     stop, warned, floor = False, False, min(1.0, config.end_lr / config.lr)
     if not config.bench: ranks.catch_stop()
     if config.bench: stream, timed = itertools.repeat(next(stream)), bench(config, ranks, model)
 
-    for step in range(first_step, config.total_steps + 1):
+    for step in bar:
         if config.bench and next(timed): return
         # Once in a while: validate, draw, save.
         last = step == config.total_steps
@@ -493,7 +482,6 @@ def train(config, model_config, ranks):
             if p.requires_grad:                                               # what is frozen stays bit for bit
                 e.lerp_(p.detach(), 1 - decay)
         # ----------------------------------------------------------------------------------------------------------------
-        bar.update()
         if (step + 1) % config.log_every == 0:
             (usage, perplexity, _), counts = code_usage(ranks.sum(counts)), torch.zeros_like(counts)
             codes = dict(codebook_usage=usage, perplexity=perplexity) if model.quantizer else {}
@@ -505,9 +493,8 @@ def train(config, model_config, ranks):
                 warned = True
                 ranks.say(f"\nwarning: only {usage:.1%} of the codes are in use. Try a larger --codebook_dim (at least {model_config.dim}), "
                           f"a longer --warmup_steps, a lower --lr, or a smaller --codebook_size")
-    bar.close()
     if stop and not last:
-        ranks.say(f"stopped at step {step}, all saved. Go on with: {resume_command()}")
+        ranks.say(f"stopped at step {step}, all saved. Go on with: {next_command(sys.argv[0], config, resume=True)}")
     elif ranks.first:                                                         # save the tokenizer, tell what came of it and what comes next
         folder, newest = out / f"tokenizer-stage{config.stage}", out / "tokenizer"
         save_tokenizer(ema.float(), folder, teacher if model_config.encoder_weights in ("stage0", "random") else None)
@@ -515,24 +502,23 @@ def train(config, model_config, ranks):
         newest.symlink_to(folder.name)
         report({"stage": config.stage, "validation PSNR": f"{val[0]:.2f} dB",
                 "validation codebook use": ema.quantizer and f"{val[1]:.1%} of {model_config.codebook_size} codes",
-                "time": f"{(time.time() - start) / 60:.1f} minutes", "pictures": pictures, "tokenizer": folder, "unreadable images": data and len(data.skipped)})
+                "time": f"{(time.time() - start) / 60:.1f} minutes", "pictures": pictures, "tokenizer": folder,
+                "unreadable images": data and len(data.skipped)})
         print("\nNext:", next_command("train_tokenizer.py", config, CARRIED, stage=2) if config.stage == 1 else
               next_command("eval.py", config, {"device", "lpips_weights"}, data=val_source, out_dir=out, **dict(part="val") if split else {}))
     ranks.wait()
 
 def main():
-    config, model_config, origin = parse_config(TrainConfig, PRESETS, preset_order, VQRAEConfig, MODELS)
+    config, model_config, origin = parse_config(TrainConfig, PRESETS, VQRAEConfig, MODELS)
     ranks = Ranks(config.device)
-    if ranks.first:
-        print_config(origin, config, model_config)
-        Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-    ranks.wait()
+    if ranks.first: print_config(origin, config, model_config)
+    Path(config.out_dir).mkdir(parents=True, exist_ok=True)
     if config.stage > 0: return train(config, model_config, ranks)
     if model_config.encoder_weights != "stage0":
         raise UserError(f"--config {config.config} has a pretrained encoder: stage 0 is for encoder_weights stage0, the tiny config's")
     path = Path(config.out_dir) / "stage0.pt"
     if path.exists() and not config.overwrite: raise UserError(f"{path} exists: --overwrite makes it anew")
-    pretrain(config, model_config, ranks, path)
+    if ranks.first: pretrain(config, model_config, ranks.device, path)
     ranks.say(f"wrote {path}\nNext: {next_command('train_tokenizer.py', config, CARRIED)}")
 
 # ---- The shapes world: 64 x 64 pictures of one to four objects, drawn by the thousand a second. Picture i is a function of i
@@ -612,35 +598,35 @@ def captions(scene):
                    " and ".join(filter(None, (", ".join(things[:-1]), things[-1]))))
     return out
 
-def questions(index, scene, rounds=1):
-    """Picture numbers (B,) and their Scene -> for each picture its {question: (kind, answer)}, up to four kinds a round, shuffled."""
+def questions(index, scene):
+    """Picture numbers (B,) and their Scene -> for each picture its {question: (kind, answer)}, up to one of each of four kinds, shuffled.
+    More of them would answer one another, and a model that reads them need not look at the picture."""
     out = []
-    facts = zip(uniforms(index, 48 + 12 * rounds)[:, 48:].tolist(), *(t.tolist() for t in (scene.count, scene.shape, scene.color, scene.x, scene.y)))
-    for chance, n, shapes, colors, xs, ys in facts:
+    facts = zip(uniforms(index, 60)[:, 48:].tolist(), *(t.tolist() for t in (scene.count, scene.shape, scene.color, scene.x, scene.y)))
+    for u, n, shapes, colors, xs, ys in facts:
         asked, things = {}, [(list(COLORS)[c], SHAPES[s]) for c, s in zip(colors[:n], shapes)]
         drawn = [shape for _, shape in things]
-        for u in zip(*[iter(chance)] * 12):
-            i, j = int(u[0] * n), int(u[1] * n)
-            color, shape = things[i]
-            if u[2] < 0.5:                                                    # POPE asks half its questions about what is not there,
-                color, shape = list(COLORS)[int(u[3] * 8)], (SHAPES[int(u[4] * 6)] if u[5] < 0.5 else shape)  # half of those with something right
-            asked[f"is there {article(color)} {shape}?"] = "presence", "yes" if (color, shape) in things else "no"
-            if u[6] < 0.4 and len(set(drawn)) == n:                           # else nearly all answers were "one"
-                asked["how many objects are there?"] = "counting", NUMBERS[n]
-            else:
-                shape = drawn[i] if u[6] < 0.8 else SHAPES[int(u[7] * 6)]
-                asked[f"how many {PLURAL[shape]} are there?"] = "counting", NUMBERS[drawn.count(shape)]
-            if drawn.count(drawn[i]) == 1:
-                asked[f"what color is the {drawn[i]}?"] = "color", things[i][0]
-            dx, dy = xs[i] - xs[j], ys[i] - ys[j]
-            if u[8] < 0.5 and drawn[i] != drawn[j] and max(abs(dx), abs(dy)) > 8:
-                across = abs(dx) > abs(dy)
-                asked[f"is the {drawn[i]} {'left or right of' if across else 'above or below'} the {drawn[j]}?"] = (
-                    "position", ("left" if dx < 0 else "right") if across else "above" if dy < 0 else "below")
-            elif n > 1 and drawn.count(drawn[i]) == 1:
-                asked[f"is the {drawn[i]} on the {'left or right' if u[9] < 0.5 else 'top or bottom'}?"] = (
-                    "position", ("left" if xs[i] < 32 else "right") if u[9] < 0.5 else "top" if ys[i] < 32 else "bottom")
-        out.append(dict(sorted(asked.items(), key=lambda item: zlib.crc32(f"{chance[-1]} {item[0]}".encode()))))
+        i, j = int(u[0] * n), int(u[1] * n)
+        color, shape = things[i]
+        if u[2] < 0.5:                                                        # POPE asks half its questions about what is not there,
+            color, shape = list(COLORS)[int(u[3] * 8)], (SHAPES[int(u[4] * 6)] if u[5] < 0.5 else shape)      # half of those with something right
+        asked[f"is there {article(color)} {shape}?"] = "presence", "yes" if (color, shape) in things else "no"
+        if u[6] < 0.4 and len(set(drawn)) == n:                               # else nearly all answers were "one"
+            asked["how many objects are there?"] = "counting", NUMBERS[n]
+        else:
+            shape = drawn[i] if u[6] < 0.8 else SHAPES[int(u[7] * 6)]
+            asked[f"how many {PLURAL[shape]} are there?"] = "counting", NUMBERS[drawn.count(shape)]
+        if drawn.count(drawn[i]) == 1:
+            asked[f"what color is the {drawn[i]}?"] = "color", things[i][0]
+        dx, dy = xs[i] - xs[j], ys[i] - ys[j]
+        if u[8] < 0.5 and drawn[i] != drawn[j] and max(abs(dx), abs(dy)) > 8:
+            across = abs(dx) > abs(dy)
+            asked[f"is the {drawn[i]} {'left or right of' if across else 'above or below'} the {drawn[j]}?"] = (
+                "position", ("left" if dx < 0 else "right") if across else "above" if dy < 0 else "below")
+        elif n > 1 and drawn.count(drawn[i]) == 1:
+            asked[f"is the {drawn[i]} on the {'left or right' if u[9] < 0.5 else 'top or bottom'}?"] = (
+                "position", ("left" if xs[i] < 32 else "right") if u[9] < 0.5 else "top" if ys[i] < 32 else "bottom")
+        out.append(dict(sorted(asked.items(), key=lambda item: zlib.crc32(f"{u[-1]} {item[0]}".encode()))))
     return out
 
 def draw_atlas(side=64):

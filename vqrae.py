@@ -277,9 +277,6 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         z, indices, vq_loss = self.quantizer(z) if self.quantizer is not None else (z, None, z.new_zeros(()))        # Z_q (B, N, e)
         return Output(self.decoder(self.from_code(z)), Z_I, indices, vq_loss)
 
-    def need_quantizer(self):
-        if self.quantizer is None: raise UserError("a tokenizer with quantizer none (RAE) has no tokens: train one with --quantizer simvq")
-
     @torch.no_grad()
     def start_on(self, Z_I, pixels):                                          # M patches: features (M, d), pixels (M, 3, p p)
         """Start the bottleneck on data. to_code: the linear map (ridge regression) from a patch's features to its pixels, in their
@@ -302,12 +299,11 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
 
     @torch.no_grad()
     def tokenize(self, images):                                               # X (B, 3, h, w)
-        self.need_quantizer()
+        if self.quantizer is None: raise UserError("a tokenizer with quantizer none (RAE) has no tokens: train one with --quantizer simvq")
         return self.quantizer(self.to_code(self.encode(images)))[1]           # (B, N)
 
     @torch.no_grad()
     def detokenize(self, indices):                                            # (B, N)
-        self.need_quantizer()
         return self.decoder(self.from_code(self.quantizer.lookup(indices)))   # X' (B, 3, H, W)
 
 # ---- Losses. All are means over elements, in float32. ---------------------------------------------------------------
@@ -463,13 +459,11 @@ def lr_factor(step, warmup, total, floor):
 
 def ignore_signals(_):
     """torchrun and Ctrl-C signal a loader's workers too; the training process alone decides when to stop."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, signal.SIG_IGN)
 
-def parse_config(cls, presets, order, model_class=None, models=None, argv=None):
-    """Dataclass fields -> command-line flags -> (config, model config or None, {field: origin of its value}). cls: the script's dataclass; every
-    field is a flag, its comment the flag's help, a Literal type its choices. presets: {key: {field: value}}; order(values) names the keys that apply,
-    the later one winning. model_class: a second dataclass whose defaults come from models[config]. Precedence: defaults < presets < flags."""
+def parse_config(cls, presets={}, model_class=None, models=None, argv=None):
+    """Dataclass fields -> flags, their comments the help, Literals the choices -> (config, model config or None, {field: origin of its value}).
+    presets: {"config tiny, stage 2": values where these flags are so}, the later winning. model_class: a second one, defaults from models[config]."""
     classes = list(filter(None, (cls, model_class)))
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", "".join(inspect.getsource(c) for c in classes), re.M))
     parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS, prog=Path(sys.argv[0]).name)
@@ -484,8 +478,9 @@ def parse_config(cls, presets, order, model_class=None, models=None, argv=None):
         parser.add_argument(f.name if f.type is tuple else f"--{f.name}", help=comments[f.name].replace("%", "%%"), **how)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value != []}
     default = {f.name: f.default for f in dataclasses.fields(cls)}
+    facts = {f"{name} {value}" for name, value in (default | given).items()}
     layers = [("default", default), ("model", dataclasses.asdict(models[given.get("config", default["config"])]) if models else {}),
-              *((key, presets.get(key, {})) for key in order(default | given)), ("flag", given)]
+              *((key, layer) for key, layer in presets.items() if facts.issuperset(key.split(", "))), ("flag", given)]
     values = {name: value for _, layer in layers for name, value in layer.items()}
     origin = {name: source for source, layer in layers for name in layer}
     make = lambda c: c(**{f.name: values[f.name] for f in dataclasses.fields(c)})
@@ -498,7 +493,7 @@ def report(rows):                                                             # 
 
 def print_config(origin, *configs):
     for name, value in (item for config in configs for item in dataclasses.asdict(config).items()):
-        print(f"  {name:18} {str(value):44} {origin[name] if isinstance(origin[name], str) else ' '.join(map(str, origin[name]))}")
+        print(f"  {name:18} {str(value):44} {origin[name]}")
 
 class Ranks:
     """This process among the others: one without torchrun, else as torchrun says (nccl on GPUs, gloo elsewhere)."""
@@ -519,11 +514,13 @@ class Ranks:
         def ask(number, _):
             self.stop_asked = True
             signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, ask)
-        signal.signal(signal.SIGINT, ask)
+        for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, ask)
 
     def say(self, *text):
         if self.first: print(*text, flush=True)
+
+    def wait(self):
+        if self.size > 1: dist.barrier()
 
     def sum(self, tensor):                                                    # over ranks; no gradient
         if self.size == 1: return tensor
@@ -533,9 +530,6 @@ class Ranks:
 
     def mean_with_grad(self, tensor):                                         # over ranks; gradients pass through
         return dist_nn.all_reduce(tensor) / self.size if self.size > 1 else tensor
-
-    def wait(self):
-        if self.size > 1: dist.barrier()
 
     @contextlib.contextmanager
     def first_alone(self):
@@ -585,7 +579,8 @@ def bench(config, ranks, network):
               f"{flops / 1e12:.3g} TFLOP a step in matrix products, convolutions and attention on {chip}{share}{memory}")
     yield True
 
-def check_run(config, **least):                                               # what the flags of any training run have to keep to, and `least`
+def check_run(config, **least):                                               # what any training run's flags have to keep to, and `least`
+    config.out_dir = config.out_dir or f"out/{config.config}"
     check_least(config, batch_size=1, total_steps=1, log_every=1, eval_every=1, save_every=1, val_images=1, lr=1e-12, end_lr=0, micro_batch=0,
                 num_workers=0, warmup_steps=0, bench=0, **least)
     if config.resume and config.overwrite: raise UserError("--resume goes on and --overwrite starts over: choose one")
@@ -611,18 +606,13 @@ def split_batch(config, ranks):
         raise UserError(f"--batch_size {config.batch_size} must be a multiple of ranks ({ranks.size}) times --micro_batch ({micro})")
     return local, micro, local // micro
 
-def launcher():                                                               # how this run was started, on this node
-    return ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"] if "RANK" in os.environ else ["python"]
-
-def resume_command():                                                         # goes on where this run stopped
-    return shlex.join([*launcher(), *[word for word in sys.argv if word not in ("--overwrite", "--resume")], "--resume"])
-
-def next_command(script, config, keep, **more):
-    """The command to type next: `script` with those flags of this run whose names are in `keep`, and `more`."""
-    flags = {name: value for name, value in config.given.items() if name in keep} | more
+def next_command(script, config, keep=None, **more):
+    """The command to type next: `script`, a training as this run was started, with this run's flags (None: all) that are in `keep`, and `more`."""
+    how = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if "RANK" in os.environ and "train" in Path(script).name else "python"
+    flags = {name: value for name, value in config.given.items() if (name != "overwrite" if keep is None else name in keep)} | more
     words = [(f"--{name}",) if value is True else (f"--no-{name}",) if value is False else
              (f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)) for name, value in flags.items()]
-    return shlex.join([*(launcher() if script.startswith("train") else ["python"]), script, *(word for pair in words for word in pair)])
+    return f"{how} {shlex.join([script, *(word for pair in words for word in pair)])}"
 
 def check_finite(losses, step, remedy="the last checkpoint is whole; try a lower --lr, more --warmup_steps, or --precision float32, then --resume"):
     for name, value in losses.items():                                        # the first NaN or infinite one is named
