@@ -95,8 +95,8 @@ class ARConfig:
     val_images: int = 256                 # [ours] images a validation
 
     def __post_init__(self):
-        self.tokenizer = self.tokenizer or f"{self.out_dir}/tokenizer"
         check_run(self)
+        self.tokenizer = self.tokenizer or f"{self.out_dir}/tokenizer"
         if not 0 <= self.caption_drop <= 1: raise UserError(f"--caption_drop is a share between 0 and 1, not {self.caption_drop}")
         if self.phase and self.task == "generate": raise UserError(f"--phase {self.phase} is of --task understand")
 
