@@ -1309,7 +1309,7 @@ def test_a_resumed_run_takes_the_new_rates(trained, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "log_stage2.jsonl").read_text().splitlines()]
     assert [row["lr"] for row in rows if "lr" in row and row["step"] > 6] == [0.004, 0.004]
     groups = vqrae.load_checkpoint(tmp_path / "stage2.pt")["optimizer"]["param_groups"]
-    assert sorted({group["lr"] for group in groups}) == [1e-3, 4e-3]          # encoder and the rest
+    assert sorted({group["lr"] for group in groups}) == [4e-5, 1e-3, 4e-3]    # discriminator, encoder and the rest
     for more, message in ((["--total_steps", "4"], "it is at step 8"), (["--encoder_lr", "0"], "cannot go on like this")):
         assert message in run_inside("train_tokenizer.py", *flags, "--resume", "--total_steps", "9", *more)
 
