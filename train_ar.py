@@ -489,7 +489,7 @@ def train(config, ranks):
         if last or stop: break
 
         # ---- One training step -----------------------------------------------------------------------------------------
-        factor = lr_factor(step, config.warmup_steps, config.total_steps, min(1.0, config.end_lr / config.lr))
+        factor = lr_factor(step, config.warmup_steps, config.total_steps, config.end_lr / config.lr)
         for group in optimizer.param_groups:
             group["lr"] = config.lr * factor
         loss_sum = 0

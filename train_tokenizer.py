@@ -412,7 +412,7 @@ def train(config, model_config, ranks):
     bar = tqdm(range(first_step, config.total_steps + 1), f"stage {config.stage}", config.total_steps, initial=first_step, unit="step",
                disable=not ranks.first)                                       # the last round only validates and saves
     weights = dict(l2=config.l2_weight, perceptual=config.perceptual_weight, quant=1.0, distill=config.distill_weight, adversarial=config.disc_weight)
-    stop, warned, floor = False, False, min(1.0, config.end_lr / config.lr)
+    stop, warned, floor = False, False, config.end_lr / config.lr
     if not config.bench: ranks.catch_stop()
     if config.bench: stream, timed = itertools.repeat(next(stream)), bench(config, ranks, model)
 

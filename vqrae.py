@@ -184,10 +184,11 @@ def nearest(z, codes, max_elements=1 << 23, candidates=8):
     first term the argmin does not see. In slices of rows: of the M x k distances at most 32 MB in float32 exist at once.
     A large codebook's products are taken in bfloat16 where that is fast, and float32 decides among the nearest few."""
     mean = codes.mean(0)
-    z, codes = z - mean, codes - mean                                         # the same distances of smaller numbers, which round better
+    codes = codes - mean                                                      # and so the rows: the same distances of smaller numbers round better
     half, found = codes.square().sum(1) / 2, []                               # (k,)
     low = codes.bfloat16() if z.dtype == torch.float32 and codes.numel() >= 1 << 22 and has_bf16(z.device) else None
-    for rows in z.split(max(1, max_elements // len(codes))):                  # (m, e)
+    for rows in z.split(max(1, max_elements // len(codes))):
+        rows = rows - mean                                                    # (m, e); no copy of all of z
         if low is None:
             found.append(torch.addmm(half, rows, codes.T, alpha=-1).argmin(1))
             continue
@@ -453,8 +454,8 @@ def resize(images, size, limit=True):
     return images.clamp(0, 1) if limit else images
 
 def lr_factor(step, warmup, total, floor):
-    """Linear warmup to 1, cosine to `floor`."""
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    """Linear warmup to 1, cosine to `floor`; a floor above 1 counts as 1: no rate rises again."""
+    progress, floor = min(1.0, (step - warmup) / max(1, total - warmup)), min(1.0, floor)
     return (step + 1) / warmup if step < warmup else floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 def ignore_signals(_):
