@@ -179,20 +179,21 @@ def has_bf16(device):
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 @torch.no_grad()
-def nearest(z, codes, max_elements=1 << 23, candidates=8):
+def nearest(z, codes, max_elements=1 << 23, candidates=6):
     """Index of the nearest row (l2) of codes (k, e) for each of z (M, e) -> (M,). |z - c|^2 = |z|^2 - 2 z.c + |c|^2, whose
     first term the argmin does not see. In slices of rows: of the M x k distances at most 32 MB in float32 exist at once.
     A large codebook's products are taken in bfloat16 where that is fast, and float32 decides among the nearest few."""
-    mean = codes.mean(0)
-    codes = codes - mean                                                      # and so the rows: the same distances of smaller numbers round better
-    half, found = codes.square().sum(1) / 2, []                               # (k,)
-    low = codes.bfloat16() if z.dtype == torch.float32 and codes.numel() >= 1 << 22 and has_bf16(z.device) else None
+    mean, found = codes.mean(0), []
+    half = torch.cat([(some - mean).square().sum(1) for some in codes.split(1024)]) / 2            # (k,); no copy of all of the codes
+    use_low = z.dtype == torch.float32 and codes.numel() >= 1 << 22 and has_bf16(z.device)
+    low = torch.cat([(some - mean).bfloat16() for some in codes.split(1024)]) if use_low else None
     for rows in z.split(max(1, max_elements // len(codes))):
-        rows = rows - mean                                                    # (m, e); no copy of all of z
+        rows = rows - mean                # (m, e); distances between smaller numbers round better, and z.mean is the same for all codes
         if low is None:
             found.append(torch.addmm(half, rows, codes.T, alpha=-1).argmin(1))
             continue
-        few = (half - rows.bfloat16() @ low.T).topk(candidates, largest=False).indices          # (m, candidates)
+        rough = torch.addmm((half - half.mean()).bfloat16(), rows.bfloat16(), low.T, alpha=-1)      # (m, k) bfloat16
+        few = rough.topk(candidates, largest=False).indices                   # (m, candidates)
         exact = half[few] - (codes[few] @ rows[:, :, None])[..., 0]           # (m, candidates)
         found.append(few.gather(1, exact.argmin(1, keepdim=True))[:, 0])
     return torch.cat(found)
