@@ -44,7 +44,7 @@ class EvalConfig:
     generation: bool = False              # instead: score out_dir's generator on prompts of the shapes world
     curves: bool = False                  # instead: draw loss, PSNR and codebook usage from out_dir's logs
     guidance: float = 2.0                 # of its pictures, see sample.py
-    temperature: float = 0.65             # of its pictures, see sample.py
+    temperature: float = 0.4              # of its pictures, see sample.py
 
     def __post_init__(self):
         self.num_images = self.num_images or (512 if self.generation or self.vqa else 2048)

@@ -279,7 +279,7 @@ class Pretrainer(nn.Module):
         *what, where = (t.to(z.device) for t in segments(scene, math.isqrt(z.shape[1])))
         for head, name, target in zip(self.segment, ("shape", "color"), what):
             losses[name] = F.cross_entropy(head(z).unflatten(-1, (16, -1)).flatten(0, 2), target.flatten())
-        return losses | dict(place=0.3 * (self.place(z)[:, :, None] - where)[what[0] > 0].abs().mean())
+        return losses | dict(place=2 * (self.place(z)[:, :, None] - where)[what[0] > 0].abs().mean())
 
 def pretrain(config, model_config, device, path):
     """Stage 0 -> `path`. Always on shapes: see README, "Stage 0 and your own images"."""
@@ -531,7 +531,7 @@ COLORS = {"red": (0.86, 0.16, 0.16), "orange": (0.98, 0.56, 0.10), "yellow": (0.
 PALETTE = torch.tensor(list(COLORS.values()))
 HELD_OUT = (torch.arange(6)[:, None] + 3) % 8 == torch.arange(8)              # (shape, color): green circle, cyan square, ...
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr", "scene")    # GenEval's six, and one more
-MIX = torch.tensor([0, 1, 2, 2, 3, 3, 4, 4, 4, 5, 5, 6])                      # how often each comes: more where words must find their object
+MIX = torch.tensor([0, 1, 2, 2, 3, 4, 4, 4, 4, 5, 5, 6, 6, 6, 6, 6])          # how often each comes: more where words must find their object
 RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = ("zero", "one", "two", "three", "four")
 PLURAL = {shape: shape + ("es" if shape == "cross" else "s") for shape in SHAPES}
@@ -599,14 +599,15 @@ def captions(scene):
     return out
 
 def questions(index, scene):
-    """Picture numbers (B,) and their Scene -> for each picture its {question: (kind, answer)}, up to one of each of four kinds, shuffled.
-    More of them would answer one another, and a model that reads them need not look at the picture."""
+    """Picture numbers (B,) and their Scene -> for each picture its {question: (kind, answer)}, shuffled: of presence and counting one each, of
+    color and position up to two, about different objects. More would answer one another, and a model that reads them need not look."""
     out = []
     facts = zip(uniforms(index, 60)[:, 48:].tolist(), *(t.tolist() for t in (scene.count, scene.shape, scene.color, scene.x, scene.y)))
     for u, n, shapes, colors, xs, ys in facts:
         asked, things = {}, [(list(COLORS)[c], SHAPES[s]) for c, s in zip(colors[:n], shapes)]
         drawn = [shape for _, shape in things]
-        i, j = int(u[0] * n), int(u[1] * n)
+        i = int(u[0] * n)
+        j = (i + 1 + int(u[1] * (n - 1))) % n                                 # another one, if there is another
         color, shape = things[i]
         if u[2] < 0.5:                                                        # POPE asks half its questions about what is not there,
             color, shape = list(COLORS)[int(u[3] * 8)], (SHAPES[int(u[4] * 6)] if u[5] < 0.5 else shape)      # half of those with something right
@@ -616,16 +617,18 @@ def questions(index, scene):
         else:
             shape = drawn[i] if u[6] < 0.8 else SHAPES[int(u[7] * 6)]
             asked[f"how many {PLURAL[shape]} are there?"] = "counting", NUMBERS[drawn.count(shape)]
-        if drawn.count(drawn[i]) == 1:
-            asked[f"what color is the {drawn[i]}?"] = "color", things[i][0]
+        alone = [o for o in dict.fromkeys((i, j)) if drawn.count(drawn[o]) == 1]       # only their shape tells which is meant
+        for o in alone:
+            asked[f"what color is the {drawn[o]}?"] = "color", things[o][0]
         dx, dy = xs[i] - xs[j], ys[i] - ys[j]
-        if u[8] < 0.5 and drawn[i] != drawn[j] and max(abs(dx), abs(dy)) > 8:
+        if u[8] < 0.5 and len(alone) == 2 and max(abs(dx), abs(dy)) > 8:
             across = abs(dx) > abs(dy)
             asked[f"is the {drawn[i]} {'left or right of' if across else 'above or below'} the {drawn[j]}?"] = (
                 "position", ("left" if dx < 0 else "right") if across else "above" if dy < 0 else "below")
-        elif n > 1 and drawn.count(drawn[i]) == 1:
-            asked[f"is the {drawn[i]} on the {'left or right' if u[9] < 0.5 else 'top or bottom'}?"] = (
-                "position", ("left" if xs[i] < 32 else "right") if u[9] < 0.5 else "top" if ys[i] < 32 else "bottom")
+        elif n > 1:
+            for o, across in zip(alone, (u[9] < 0.5, u[9] >= 0.5)):
+                asked[f"is the {drawn[o]} on the {'left or right' if across else 'top or bottom'}?"] = (
+                    "position", ("left" if xs[o] < 32 else "right") if across else "top" if ys[o] < 32 else "bottom")
         out.append(dict(sorted(asked.items(), key=lambda item: zlib.crc32(f"{u[-1]} {item[0]}".encode()))))
     return out
 
