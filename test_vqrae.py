@@ -529,10 +529,10 @@ def test_questions_have_the_scenes_answers():
                 truth = tt.NUMBERS[n if words[2] == "objects" else sum(t[0] == one(words[2]) for t in things)]
             elif kind == "color":
                 [truth] = [t[1] for t in things if t[0] == words[-1]]
-            elif words[3] == "on":
-                [(x, y)] = [t[2:] for t in things if t[0] == words[2]]
+            elif words[3] == "where":
+                [(x, y)] = [t[2:] for t in things if t[0] == words[-1]]
                 truth = {"left": x < 32, "right": x > 32, "top": y < 32, "bottom": y > 32}[answer] and answer
-                assert answer in words
+                assert answer in question
             else:
                 (a, b), (dx, dy) = [next(t for t in things if t[0] == w) for w in (words[2], words[-1])], (0, 0)
                 dx, dy = a[2] - b[2], a[3] - b[3]

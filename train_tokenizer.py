@@ -600,7 +600,8 @@ def captions(scene):
 
 def questions(index, scene):
     """Picture numbers (B,) and their Scene -> for each picture its {question: (kind, answer)}, shuffled: of presence and counting one each, of
-    color and position up to two, about different objects. More would answer one another, and a model that reads them need not look."""
+    color and position up to two, about different objects. More would answer one another, and a model that reads them need not look. An
+    object's name comes last in every kind: what a small model learns in one, to look for the last word, then serves the others."""
     out = []
     facts = zip(uniforms(index, 60)[:, 48:].tolist(), *(t.tolist() for t in (scene.count, scene.shape, scene.color, scene.x, scene.y)))
     for u, n, shapes, colors, xs, ys in facts:
@@ -627,7 +628,7 @@ def questions(index, scene):
                 "position", ("left" if dx < 0 else "right") if across else "above" if dy < 0 else "below")
         elif n > 1:
             for o, across in zip(alone, (u[9] < 0.5, u[9] >= 0.5)):
-                asked[f"is the {drawn[o]} on the {'left or right' if across else 'top or bottom'}?"] = (
+                asked[f"{'left or right' if across else 'top or bottom'}: where is the {drawn[o]}?"] = (
                     "position", ("left" if xs[o] < 32 else "right") if across else "top" if ys[o] < 32 else "bottom")
         out.append(dict(sorted(asked.items(), key=lambda item: zlib.crc32(f"{u[-1]} {item[0]}".encode()))))
     return out
