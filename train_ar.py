@@ -216,7 +216,7 @@ def load_generator(out_dir, tokenizer_folder="", device="cpu", dtype=torch.float
     return lm.to(device).eval(), text_tokenizer, tokenizer
 
 # ---- Codes computed once, by position: 0, 1, 2, ... counts the images a run has seen. Shapes are drawn and tokenized when they are
-# needed: that takes a tenth of the time of learning from them, and no picture comes twice.
+# needed: that takes a fifth of a step, and no picture comes twice.
 def open_codes(source, part, config, tokenizer, which, ranks):
     """Codes and captions of `source` as one memory-mapped array of records, codes-PART-TOKENIZER-DATA.npy, made if need be; None for shapes."""
     if source == "shapes": return None

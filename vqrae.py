@@ -185,14 +185,16 @@ def nearest(z, codes, max_elements=1 << 23, candidates=6):
     A large codebook's products are taken in bfloat16 where that is fast, and float32 decides among the nearest few."""
     mean, found = codes.mean(0), []
     half = torch.cat([(some - mean).square().sum(1) for some in codes.split(1024)]) / 2            # (k,); no copy of all of the codes
-    use_low = z.dtype == torch.float32 and codes.numel() >= 1 << 22 and has_bf16(z.device)
-    low = torch.cat([(some - mean).bfloat16() for some in codes.split(1024)]) if use_low else None
+    in_bf16 = z.dtype == torch.float32 and codes.numel() >= 1 << 22 and has_bf16(z.device)
+    if in_bf16:
+        low = torch.cat([(some - mean).bfloat16() for some in codes.split(1024)])                  # (k, e)
+        low_half = (half - half.mean()).bfloat16()                            # (k,)
     for rows in z.split(max(1, max_elements // len(codes))):
-        rows = rows - mean                # (m, e); distances between smaller numbers round better, and z.mean is the same for all codes
-        if low is None:
+        rows = rows - mean                # (m, e); smaller numbers round better; rows @ mean is the same for all codes
+        if not in_bf16:
             found.append(torch.addmm(half, rows, codes.T, alpha=-1).argmin(1))
             continue
-        rough = torch.addmm((half - half.mean()).bfloat16(), rows.bfloat16(), low.T, alpha=-1)      # (m, k) bfloat16
+        rough = torch.addmm(low_half, rows.bfloat16(), low.T, alpha=-1)       # (m, k)
         few = rough.topk(candidates, largest=False).indices                   # (m, candidates)
         exact = half[few] - (codes[few] @ rows[:, :, None])[..., 0]           # (m, candidates)
         found.append(few.gather(1, exact.argmin(1, keepdim=True))[:, 0])
