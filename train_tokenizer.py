@@ -101,7 +101,7 @@ PRESETS = {
     # A world of minutes, not days: everything shorter, rates higher, the losses the same but for the perceptual one.
     "config tiny": dict(batch_size=16, total_steps=1100, lr=2e-3, end_lr=1e-4, warmup_steps=50, beta2=0.95, precision="float32",      # [ours]
                  num_workers=0, perceptual="vfm", perceptual_weight=0.005, disc_width=16, log_every=20, eval_every=300, save_every=300),
-    "config tiny, stage 2": dict(total_steps=760, lr=1e-3, encoder_lr=1e-3, distill_weight=0.2, disc_start=700, disc_weight=0.001),   # [ours]
+    "config tiny, stage 2": dict(total_steps=1150, encoder_lr=1e-3, distill_weight=0.2, disc_start=1090, disc_weight=0.001),    # [ours]
 }
 
 # The flags that a run's next stage takes over.
@@ -279,7 +279,7 @@ class Pretrainer(nn.Module):
         *what, where = (t.to(z.device) for t in segments(scene, math.isqrt(z.shape[1])))
         for head, name, target in zip(self.segment, ("shape", "color"), what):
             losses[name] = F.cross_entropy(head(z).unflatten(-1, (16, -1)).flatten(0, 2), target.flatten())
-        return losses | dict(place=2 * (self.place(z)[:, :, None] - where)[what[0] > 0].abs().mean())
+        return losses | dict(place=0.3 * (self.place(z)[:, :, None] - where)[what[0] > 0].abs().mean())
 
 def pretrain(config, model_config, device, path):
     """Stage 0 -> `path`. Always on shapes: see README, "Stage 0 and your own images"."""
@@ -524,14 +524,14 @@ def main():
 # ---- The shapes world: 64 x 64 pictures of one to four objects, drawn by the thousand a second. Picture i is a function of i
 # alone. From VALIDATION on they are for validation, and only there do HELD_OUT pairs of shape and colour appear.
 VALIDATION = 1 << 40
-SIDE, WINDOW, EXTENT = 64, 38, 1.3                # pixels a picture; pixels a window that holds any one object; half the side of ATLAS, in radii
+SIDE, WINDOW, EXTENT = 64, 30, 1.3                # pixels a picture; pixels a window that holds any one object; half the side of ATLAS, in radii
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLORS = {"red": (0.86, 0.16, 0.16), "orange": (0.98, 0.56, 0.10), "yellow": (0.98, 0.88, 0.20), "green": (0.20, 0.65, 0.25),
           "cyan": (0.20, 0.80, 0.85), "blue": (0.16, 0.32, 0.86), "purple": (0.55, 0.20, 0.72), "pink": (0.98, 0.50, 0.75)}
 PALETTE = torch.tensor(list(COLORS.values()))
 HELD_OUT = (torch.arange(6)[:, None] + 3) % 8 == torch.arange(8)              # (shape, color): green circle, cyan square, ...
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr", "scene")    # GenEval's six, and one more
-MIX = torch.tensor([0, 1, 2, 2, 3, 4, 4, 4, 4, 5, 5, 6, 6, 6, 6, 6])          # how often each comes: more where words must find their object
+MIX = torch.tensor([0, 0, 1, 2, 2, 3, 4, 4, 4, 5, 5, 6, 6, 6, 6, 6])          # how often each comes: more where words must find their object
 RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = ("zero", "one", "two", "three", "four")
 PLURAL = {shape: shape + ("es" if shape == "cross" else "s") for shape in SHAPES}
@@ -575,11 +575,10 @@ def plan(index, task=None):
     cells = torch.where(torch.arange(4) < count[:, None], cells, cells + 4).sort(1).values % 4      # taken in reading order
     pairs = torch.tensor([[0, 1], [1, 0], [0, 2], [2, 0], [2, 3], [3, 2], [1, 3], [3, 1]])            # first, second by relation
     cells[:, :2] = torch.where((task == 4)[:, None], pairs[relation + 4 * (u[:, 20] < 0.5)], cells[:, :2])
-    alone = (count == 1)[:, None]
-    radius = torch.where(alone, 11 + 2 * u[:, 21:25], 10 + 2 * u[:, 21:25])
-    room = torch.where(alone, 4, 13 - radius)                                  # objects never touch each other or the edge
-    x = torch.where(alone, 32, 16 + 32 * (cells % 2)) + room * (2 * u[:, 25:29] - 1)
-    y = torch.where(alone, 32, 16 + 32 * (cells // 2)) + room * (2 * u[:, 29:33] - 1)
+    radius = 10 + 2 * u[:, 21:25]
+    room = 13 - radius                                                        # objects never touch each other or the edge
+    x = 16 + 32 * (cells % 2) + room * (2 * u[:, 25:29] - 1)
+    y = 16 + 32 * (cells // 2) + room * (2 * u[:, 29:33] - 1)
     rgb = (PALETTE[color] * (0.98 + 0.04 * u[:, 37:41, None])).clamp(max=1)
     background = 0.80 + 0.12 * u[:, 41:42] + 0.02 * (u[:, 42:45] - 0.5)        # greyish, so that every object stands out
     return Scene(task, count, relation, shape, color, x, y, radius, 0.1 * u[:, 33:37] - 0.05, rgb, background, 0.06 * (u[:, 45:47] - 0.5))
@@ -626,7 +625,7 @@ def questions(index, scene):
             across = abs(dx) > abs(dy)
             asked[f"is the {drawn[i]} {'left or right of' if across else 'above or below'} the {drawn[j]}?"] = (
                 "position", ("left" if dx < 0 else "right") if across else "above" if dy < 0 else "below")
-        elif n > 1:
+        else:
             for o, across in zip(alone, (u[9] < 0.5, u[9] >= 0.5)):
                 asked[f"{'left or right' if across else 'top or bottom'}: where is the {drawn[o]}?"] = (
                     "position", ("left" if xs[o] < 32 else "right") if across else "top" if ys[o] < 32 else "bottom")
