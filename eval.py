@@ -7,8 +7,6 @@ How good is a tokenizer? Every number with its protocol.
     python eval.py --vqa A B ...                       the MLLM's answers, with each tokenizer's encoder swapped in -> vqa.json
     python eval.py --curves                            the logs of a run as curves.png
     python eval.py --generation                        pictures that train_ar.py's generator draws on demand -> geneval in eval.json
-
-In reading order: metrics (reconstruction, codebook, semantics); the shapes world's checker; what a generator draws and an MLLM answers; main.
 """
 import collections, contextlib, itertools, json, math, time
 from dataclasses import dataclass
@@ -37,14 +35,14 @@ class EvalConfig:
     out_dir: str = "out/tiny"             # eval.json goes here
     batch_size: int = 64                  # images at a time on each rank
     num_workers: int = 0                  # decoding processes a rank
-    device: str = ""                      # cuda, mps or cpu; "": the first of them that is there
+    device: str = ""                      # cuda, cpu or mps; "": cuda where it is there, else cpu
     lpips_weights: str = ""               # a file of torchvision's vgg16; "": download
     inception_weights: str = ""           # a file of pytorch-fid's Inception; "": torch-fidelity downloads it
     vqa: bool = False                     # instead: questions about the shapes world, answered by out_dir's MLLM on each tokenizer's features
     generation: bool = False              # instead: score out_dir's generator on prompts of the shapes world
     curves: bool = False                  # instead: draw loss, PSNR and codebook usage from out_dir's logs
     guidance: float = 2.0                 # of its pictures, see sample.py
-    temperature: float = 0.4              # of its pictures, see sample.py
+    temperature: float = 0.65             # of its pictures, see sample.py
 
     def __post_init__(self):
         self.num_images = self.num_images or (512 if self.generation or self.vqa else 2048)
@@ -119,6 +117,7 @@ def reconstruction(model, nets, dataset, positions, config, ranks):
         out |= dict(objects_right=right / present, objects_right_originals=originals / present, objects_right_held_out=right_unseen / max(1, unseen))
     small = [name for name in names if n < (2048 if name == "rfid" else 2 * model.config.dim)]
     out["reasons"] = dict(few_images=f"{n} images are too few for a steady {' and '.join(small)}") if small else {}
+    if dataset and dataset.skipped: out["reasons"]["skipped"] = f"{len(dataset.skipped)} unreadable images: those after them are scored twice"
     out["protocol"] = (f"{config.data}: {n} images, shorter edge to {dataset.size if dataset else native} px (bicubic, antialiased), centre crop; "
                        f"reconstructed at {native} px, scored at {size} px, clamped and rounded to 8 bits; PSNR per image, then mean; "
                        f"reference set: the same images")
@@ -251,7 +250,7 @@ def fulfilled(images, scene, least=6.0):
 def generation(folder, config, ranks):
     """-> shares of prompts fulfilled: geneval of drawn pictures, geneval_ceiling of reconstructions of the renderer's own."""
     lm, text_tokenizer, tokenizer = load_generator(config.out_dir, folder, ranks.device)
-    if tokenizer.config.image_size != SIDE:
+    if {tokenizer.config.image_size, tokenizer.config.output_size} != {SIDE}:
         raise UserError(f"--generation is for pictures of the shapes world, of {SIDE} px: score others with sample.py --geneval")
     number = torch.arange(config.num_images)
     scene = plan(number + 3 * VALIDATION, task=number % 6)
@@ -280,7 +279,7 @@ def generation(folder, config, ranks):
 def vqa(folder, config, ranks):
     """-> PSNR, and share of right answers by kind of question, from teacher, Z_I (features) and Z_bot (tokens: features after quantisation)."""
     model = load_tokenizer(folder, ranks.device)
-    mllm, text_tokenizer = load_mllm(config.out_dir, model.config, ranks.device)
+    mllm, text_tokenizer = load_mllm(config.out_dir, folder, model.config, ranks.device)
     index, rows, psnrs = torch.arange(config.num_images) + VALIDATION, [], []
     teacher = load_teacher(folder, model.config).to(ranks.device)
     for part in tqdm(index.split(config.batch_size), desc="ask"):
@@ -314,8 +313,8 @@ def evaluate(folder, config, ranks):
     if config.data != "shapes":
         first, size = 0, max(config.size, model.config.image_size, model.config.output_size)
         with ranks.first_alone(): dataset = Images(config.data, size, train=False, part=config.part, folder=config.out_dir)
-        dataset.chosen = dataset.chosen[::max(1, len(dataset) // total)]
         total = min(total, len(dataset))
+        dataset.chosen = dataset.chosen[[i * len(dataset) // total for i in range(total)]]
     if total < max(2, ranks.size): raise UserError(f"{total} images are too few on {ranks.size} ranks: give at least {max(2, ranks.size)}")
     nets, reasons = {}, {}
     for name, build, *source in (("teacher", load_teacher, folder, model.config), ("lpips", build_lpips, config.lpips_weights),

@@ -11,8 +11,6 @@ Draw pictures for captions: text -> codes -> pixels, with a generator that train
 --geneval and --dpg go on where they stopped: a picture that is there is not made again, so give other settings another --out.
 A picture depends on its caption, --seed and its number among the caption's pictures, and on nothing else: not on batch size,
 rank or the other captions (float32, CPU).
-
-In reading order: configuration, generate, answer, what to draw, main.
 """
 import collections, functools, json, re, time, zlib
 from dataclasses import dataclass
@@ -34,7 +32,7 @@ class SampleConfig:
     config: Literal["tiny", "siglip2_base_256", "siglip2_256", "siglip2_512", "internvit_448"] = "tiny"  # whose presets and run folder
     out_dir: str = ""                     # the run's folder; "": out/CONFIG
     tokenizer: str = ""                   # folder of the VQRAE tokenizer; "": out_dir/tokenizer
-    device: str = ""                      # cuda, mps or cpu; "": the first of them that is there
+    device: str = ""                      # cuda, cpu or mps; "": cuda where it is there, else cpu
     precision: Literal["bf16", "float32"] = "bf16"  # of the language model; the tokenizer stays float32
     compile: bool = True                  # torch.compile, on a GPU alone
     # what to draw, and where
@@ -58,6 +56,7 @@ class SampleConfig:
 
     def __post_init__(self):
         self.out_dir = self.out_dir or f"out/{self.config}"
+        self.tokenizer = self.tokenizer or f"{self.out_dir}/tokenizer"
         if sum(map(bool, (self.prompt or self.prompts, self.geneval, self.dpg, self.ask))) != 1 or bool(self.ask) != bool(self.image):
             raise UserError('nothing to do, or too much: give --prompt "a red circle" (repeatable) and --prompts FILE, or --geneval FILE, '
                             'or --dpg DIR, or --image FILE with --ask "how many circles are there?"')
@@ -65,7 +64,7 @@ class SampleConfig:
         if self.dpg and self.num_images not in (0, 4): raise UserError("--dpg makes four pictures a prompt: leave --num_images out")
         check_options(self.guidance, self.temperature, self.top_k, self.top_p)
 
-PRESETS = {"config tiny": dict(precision="float32", guidance=2.0, temperature=0.4, top_k=0)}       # [ours] measured on shapes
+PRESETS = {"config tiny": dict(precision="float32", guidance=2.0, temperature=0.65, top_k=0)}       # [ours] measured on shapes
 
 def check_options(guidance, temperature, top_k, top_p):
     if not 0 <= guidance < 100: raise UserError(f"--guidance {guidance} is out of range: from 0 to 100; 1 is no guidance")
@@ -90,7 +89,7 @@ def step(lm, ids, positions, allowed, cache):
 
 @functools.lru_cache(maxsize=1)                   # compiled code wants its own tensors again; another size, another cache
 def cache_and_step(lm, rows, length, compiled):
-    """Keys and values in one allocation: transformers' growing cache copies all of them at each token, 80% of the time at 64 pictures on a CPU."""
+    """Keys and values in one allocation: a compiled step needs it, and transformers' growing cache copies all of them at each token."""
     return StaticCache(config=lm.config, max_cache_len=length), torch.compile(step, mode="reduce-overhead", fullgraph=True) if compiled else step
 
 @torch.no_grad()
@@ -138,8 +137,8 @@ def answer(mllm, text_tokenizer, Z_I, questions, max_new_tokens=64):
 @torch.no_grad()
 def converse(config, device):
     """Answer --ask about --image, with the tokenizer's own encoder in the place of the VFM that the MLLM was trained on."""
-    tokenizer = load_tokenizer(config.tokenizer or f"{config.out_dir}/tokenizer", device)
-    mllm, text_tokenizer = load_mllm(config.out_dir, tokenizer.config, device)
+    tokenizer = load_tokenizer(config.tokenizer, device)
+    mllm, text_tokenizer = load_mllm(config.out_dir, config.tokenizer, tokenizer.config, device)
     for question in config.ask:
         if "<image>" in question: raise UserError("--ask: leave <image> out, it is put before the question")
         check_text(question, f"--ask {question[:40]!r}", text_tokenizer, mllm.lm.config.understand["max_length"] - tokenizer.config.num_tokens - 12)

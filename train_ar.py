@@ -20,8 +20,6 @@ makes of one caption in ten. EOI is there for whatever may follow a picture; N i
 --task understand. LLaVA-1.5's layout: N features Z_I, through a connector, in the place of <image>; the loss is on the answers:
     <pad> ... USER: z_1 z_2 ... z_N how many rings are there? ASSISTANT: two </s> USER: ... ASSISTANT: ... </s>       phase sft
     <pad> ...       z_1 z_2 ... z_N a red circle </s>                                                                 phase pretrain
-
-In reading order: the configuration on one screen, language model and layouts, codes computed once, conversations, training.
 """
 import hashlib, itertools, json, os, sys, time
 from dataclasses import dataclass
@@ -62,7 +60,7 @@ class ARConfig:
     resume: bool = False                  # go on from the last checkpoint
     overwrite: bool = False               # start over although there is a checkpoint
     overwrite_cache: bool = False         # compute the codes of --data again although they are cached
-    device: str = ""                      # cuda, mps or cpu; "": the first of them that is there
+    device: str = ""                      # cuda, cpu or mps; "": cuda where it is there, else cpu
     bench: int = 0                        # time that many steps on one batch, and stop; no checkpoint is written
     profile: bool = False                 # with --bench: torch.profiler's table of where the time goes
     precision: Literal["bf16", "float32", "float64"] = "bf16"  # [T9] autocast; weights and loss stay float32
@@ -76,7 +74,7 @@ class ARConfig:
     # data
     batch_size: int = 512                 # [T9] images a step, over all ranks and accumulation
     micro_batch: int = 0                  # images a rank takes at a time, the rest by accumulation; 0: all at once
-    num_workers: int = 8                  # decoding processes a rank, while codes are computed
+    num_workers: int = 8                  # decoding processes a rank
     caption_drop: float = 0.1             # [LlamaGen] share of captions left out, for guidance
     # optimisation
     total_steps: int = 100_000            # [ours] the paper gives none
@@ -114,7 +112,8 @@ PRESETS = {
     "config tiny, phase sft": dict(total_steps=1800, lr=1.5e-3, max_length=192),                                                      # [ours]
 }
 
-SHARED = {"config", "out_dir", "device"}          # flags that the next command takes over
+SHARED = {"config", "out_dir", "device", "tokenizer"}                         # flags that the next command takes over; or the next phase
+CARRIED = SHARED | {"lm", "lm_config", "micro_batch", "num_workers", "precision", "compile", "checkpointing", "seed"}
 
 # ---- Language model and layout. What sets ours apart from any other Qwen3 is written in its config as `visual`:
 # offset and codes (the ids offset ... offset + codes - 1 are pictures), tokens (N), boi, eoi, max_length, and which tokenizer.
@@ -122,9 +121,9 @@ BOI, EOI = "<|vision_start|>", "<|vision_end|>"   # Qwen3's own names; other tex
 PAD, UNKNOWN, END = "<pad>", "<unk>", "</s>"
 IMAGE = -1                                        # stands for one feature of Z_I among the ids
 
-def identity(folder):
+def identity(folder, name="model.safetensors"):
     """What tells one trained tokenizer from another: a hash of its weights."""
-    return hashlib.sha256(np.memmap(Path(folder) / "model.safetensors", mode="r")).hexdigest()[:16]
+    return hashlib.sha256(np.memmap(Path(folder) / name, mode="r")).hexdigest()[:16]
 
 def word_tokenizer(texts):
     """A text tokenizer of the words and punctuation marks in `texts`, in lower case."""
@@ -211,12 +210,10 @@ def load_generator(out_dir, tokenizer_folder="", device="cpu", dtype=torch.float
     tokenizer = load_tokenizer(tokenizer_folder, device)
     problem = f"{folder} cannot be read as a generator: python train_ar.py --resume writes it anew from state.pt"
     lm, text_tokenizer = read_lm(folder, problem, dtype, local_files_only=True)
-    if lm.config.visual["tokenizer"] != identity(tokenizer_folder):
-        raise UserError(f"{folder} learned other codes than {tokenizer_folder}'s: pass --tokenizer with theirs, or train again with --overwrite")
+    check_same(lm.config.visual, dict(tokenizer=identity(tokenizer_folder)), f"{folder} learned other codes: pass their --tokenizer or train it anew")
     return lm.to(device).eval(), text_tokenizer, tokenizer
 
-# ---- Codes computed once, by position: 0, 1, 2, ... counts the images a run has seen. Shapes are drawn and tokenized when they are
-# needed: that takes a fifth of a step, and no picture comes twice.
+# ---- Codes computed once, by position. Shapes are drawn and tokenized when needed: that takes a fifth of a step, and none comes twice.
 def open_codes(source, part, config, tokenizer, which, ranks):
     """Codes and captions of `source` as one memory-mapped array of records, codes-PART-TOKENIZER-DATA.npy, made if need be; None for shapes."""
     if source == "shapes": return None
@@ -224,8 +221,8 @@ def open_codes(source, part, config, tokenizer, which, ranks):
         dataset = Images(source, tokenizer.config.image_size, train=False, part="all" if config.val_data else part, folder=config.out_dir)
     listing = hashlib.sha256()
     for record in map(dataset.record, range(len(dataset))):
-        file, _, size = record["image"]
-        listing.update(repr((record, os.path.getsize(file) if size < 0 else size)).encode())
+        files = [part[0] for part in (record["image"], record["text"]) if isinstance(part, tuple) and part[2] < 0]         # not in shards
+        listing.update(repr((record, [(file.st_size, file.st_mtime) for file in map(os.stat, files)])).encode())
     path = Path(config.out_dir) / f"codes-{part}-{which}-{listing.hexdigest()[:16]}.npy"
     if path.is_file() and not config.overwrite_cache: return np.load(path, mmap_mode="r")
     others = [other for other in path.parent.glob(f"codes-{part}-*.npy") if other != path]
@@ -313,15 +310,20 @@ def shapes_turns(index, size, phase):
     return [dict(image=image, turns=[("<image>\n" + question, answer), *more])
             for image, ((question, answer), *more) in zip(resize(render(scene), size), turns)]
 
-def load_mllm(out_dir, model_config, device="cpu"):
-    """-> MLLM that `--task understand` made, and its text tokenizer; checked to read features as an encoder of `model_config` makes them."""
+def reads(folder, model_config):
+    """What an MLLM trained on a tokenizer's teacher reads, for its config. Real VFMs go by their source, ours by a hash of the weights."""
+    beside = (Path(folder) / "teacher.safetensors").is_file()
+    teacher = identity(folder, "teacher.safetensors") if beside else f"{model_config.encoder}, {Path(model_config.encoder_weights).name}"
+    return dict(dim=model_config.dim, tokens=model_config.num_tokens, image_size=model_config.image_size, teacher=teacher)
+
+def load_mllm(out_dir, tokenizer_folder, model_config, device="cpu"):
+    """-> MLLM that `--task understand` made, and its text tokenizer; checked to have been trained on the VFM that the tokenizer began from."""
     folder = Path(out_dir) / "mllm"
     if not (folder / "connector.safetensors").is_file():
         raise UserError(f"no trained MLLM in {folder}: python train_ar.py --task understand makes one (--out_dir names the run)")
     lm, text_tokenizer = read_lm(folder, f"{folder} cannot be read as an MLLM: train it again", local_files_only=True)
-    want, have = lm.config.understand, dict(dim=model_config.dim, tokens=model_config.num_tokens, image_size=model_config.image_size)
-    check_same(want, have, f"{folder} reads the features of another vision tower than this tokenizer's")
-    net = MLLM(lm, want["dim"])
+    check_same(lm.config.understand, reads(tokenizer_folder, model_config), f"{folder} reads another VFM than {tokenizer_folder} began from")
+    net = MLLM(lm, model_config.dim)
     net.connector.load_state_dict(load_file(folder / "connector.safetensors"))
     return net.to(device).eval(), text_tokenizer
 
@@ -364,7 +366,7 @@ class Generate:
         return F.cross_entropy(full(net(ids, mask)).flatten(0, 1), codes.flatten())                         # of logits (b, N, k)
 
     def validate(self, parts):
-        """Mean loss of the validation images, captions and all; draws the first of them, unguided (sample.py is several times faster)."""
+        """Mean loss of the validation images, captions and all; draws the first of them, unguided (sample.py is faster)."""
         total, texts, N, first = 0.0, self.fetch(self.val_at[:16], val=True)[1], self.visual["tokens"], self.visual["offset"]
         for batch in self.stream(parts, val=True):
             total += self.loss(self.net, *(t.to(self.device) for t in batch)).item() * len(batch[0]) / len(self.val_at)
@@ -381,7 +383,8 @@ class Understand:
     def __init__(self, config, ranks, folder):
         self.config, self.device = config, ranks.device
         model_config = load_tokenizer(config.tokenizer).config                # only its teacher matters here
-        self.which, self.size, self.tokens = model_config.encoder, model_config.image_size, model_config.num_tokens
+        understand = reads(config.tokenizer, model_config)
+        self.which, self.size, self.tokens = understand["teacher"], model_config.image_size, model_config.num_tokens
         self.encoder = load_teacher(config.tokenizer, model_config).to(ranks.device)
         if config.max_length <= self.tokens: raise UserError(f"--max_length {config.max_length} cannot hold {self.tokens} features and a question")
         if config.data == "shapes":
@@ -390,9 +393,10 @@ class Understand:
         else:
             self.data, self.val = (Conversations(file, self.size, config.seed, part="all" if config.val_data else part, folder=config.images)
                                    for file, part in ((config.data, "train"), (config.val_data or config.data, "val")))
-            texts = [text.replace("<image>", "") for i in range(len(self.data)) for turn in self.data.record(i)["turns"] for text in turn]
+            texts = [text.replace("<image>", "") for i in range(len(self.data) if config.lm == "random" else 0)
+                     for turn in self.data.record(i)["turns"] for text in turn]
         self.lm, self.text_tokenizer = build_lm(config, texts + ["USER: ASSISTANT:"])
-        self.lm.config.understand = dict(dim=model_config.dim, tokens=self.tokens, image_size=self.size, max_length=config.max_length)
+        self.lm.config.understand = understand | dict(max_length=config.max_length)
         self.net = MLLM(self.lm, model_config.dim)
         if config.phase == "sft":
             before = folder / "pretrain.pt"
@@ -429,8 +433,9 @@ class Understand:
         for batch in self.stream(parts, val=True):
             total += self.loss(self.net, *(t.to(self.device) for t in batch), right).item() * len(right[-1])
         right = torch.cat(right)
-        self.next = (next_command("eval.py", self.config, SHARED - {"config"}, vqa=True) if self.config.phase == "sft" else
-                     next_command("train_ar.py", self.config, SHARED | {"lm", "lm_config", "micro_batch"}, task="understand", phase="sft"))
+        eval_vqa = next_command("eval.py", self.config, {"device"}, vqa=True, out_dir=self.config.out_dir)
+        self.next = (f"{eval_vqa} {self.config.tokenizer}" if self.config.phase == "sft" else
+                     next_command("train_ar.py", self.config, CARRIED, task="understand", phase="sft"))
         return dict(val_loss=total / len(right), val_accuracy=right.sum().item() / len(right))
 
 def train(config, ranks):
@@ -453,8 +458,7 @@ def train(config, ranks):
         from torch.distributed.optim import ZeroRedundancyOptimizer           # a second to import
         optimizer = ZeroRedundancyOptimizer(learning, optimizer_class=torch.optim.AdamW, **how)
     if resumed:
-        if resumed["tokenizer"] != task.which:
-            raise UserError(f"{path} learned from another tokenizer than {config.tokenizer}: pass --tokenizer with that one, or --overwrite")
+        check_same(resumed, dict(tokenizer=task.which), f"{path} learned from another tokenizer, pass that one or --overwrite")
         with explained(f"{path} is of another language model than --lm and --lm_config make"):
             task.net.load_state_dict(resumed["model"])
         resumed["optimizer"]["param_groups"][0].update(how)                   # rates and the like are this run's

@@ -42,7 +42,7 @@ class TrainConfig:
     init_from: str = ""                   # a run to take the earlier stages from; "": out_dir; none: stage 2 without stage 1
     resume: bool = False                  # go on from this stage's last checkpoint
     overwrite: bool = False               # start over although this stage has a checkpoint
-    device: str = ""                      # cuda, mps or cpu; "": the first of them that is there
+    device: str = ""                      # cuda, cpu or mps; "": cuda where it is there, else cpu
     bench: int = 0                        # time that many steps of stage 1 or 2 on one batch, and stop; no checkpoint is written
     profile: bool = False                 # with --bench: torch.profiler's table of where the time goes
     precision: Literal["bf16", "float32", "float64"] = "bf16"  # [T7] autocast; losses and code distances stay float32
@@ -104,9 +104,9 @@ PRESETS = {
     "config tiny, stage 2": dict(total_steps=1150, encoder_lr=1e-3, distill_weight=0.2, disc_start=1090, disc_weight=0.001),    # [ours]
 }
 
-# The flags that a run's next stage takes over.
-CARRIED = {"config", "data", "val_data", "out_dir", "device", "seed", "batch_size", "micro_batch", "num_workers", "perceptual", "lpips_weights",
-           "convnext_weights", "precision", "loss_precision", "compile", "checkpointing", "tf32", *(f.name for f in fields(VQRAEConfig))}
+CARRIED = {"config", "data", "val_data", "out_dir", "device", "seed", "batch_size", "micro_batch", "num_workers",      # by the next stage
+           "random_crop", "random_flip", "perceptual", "lpips_weights", "convnext_weights", "precision", "loss_precision", "compile",
+           "checkpointing", "tf32", *(f.name for f in fields(VQRAEConfig))}
 
 # ---- Data. Everything is a function of (seed, position): position 0, 1, 2, ... counts the images a run has seen, so that any
 # number of ranks and workers, and a resumed run, see the same images in the same order with the same crops.
@@ -130,7 +130,7 @@ def crop(image, size, u=(0.5, 0.5, 1.0), flip=False):
     image = TF.pil_to_tensor(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC, centering=u[:2]))
     return image.flip(-1) if flip and u[2] < 0.5 else image
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=2)
 def shuffle(n, seed):
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
@@ -222,7 +222,7 @@ class Shards:
                     members.setdefault(stem, {})[suffix.lower()] = (m.offset_data, m.size)
         except (OSError, tarfile.TarError) as problem:
             error = f"; {self.paths[shard]}: {problem}"
-        rows = [(shard, *image, *parts.get(".txt", (0, 0)), stem.encode()) for stem, parts in members.items()
+        rows = [(shard, *image, *parts.get(".txt", (0, 0)), stem.encode("utf-8", "surrogateescape")) for stem, parts in members.items()
                 if (image := next((parts[s] for s in sorted(IMAGE_SUFFIXES & parts.keys())), None))]
         longest = max([1, *(len(row[-1]) for row in rows)])
         return np.array(rows, f"u4, u8, u4, u8, u4, S{longest}"), error
@@ -250,9 +250,8 @@ def batches(dataset, size, positions, batch, num_workers=0, device="cpu"):
             tqdm.write(f"skipped {line}")
         yield item | dict(image=item["image"].to(device, non_blocking=True).float().div_(255))        # bytes until here
 
-# ---- Stage 0 (ours; only where encoder_weights is "stage0"): a small ViT learns what SigLIP2 learns, in seconds. Captions by
-# SigLIP's sigmoid loss, and what is where (SigLIP2 learns that from a decoder that names regions and boxes, we from the renderer). No
-# pixel loss: like any semantic encoder it may forget tints and shades, and stage 2 will have something to win back.
+# ---- Stage 0 (ours; only where encoder_weights is "stage0"): a small ViT learns in a minute what SigLIP2 learns: captions, by SigLIP's sigmoid
+# loss, and what is where. No pixel loss: like any semantic encoder it may forget tints and shades, and stage 2 has something to win back.
 class Pretrainer(nn.Module):
     def __init__(self, encoder, dim, width=128, words=8192):
         super().__init__()
@@ -329,11 +328,12 @@ def starting_point(config, model_config, ranks, resumed):
         model.load_state_dict(resumed["model"], strict=True)                  # its encoder has not moved
     else:
         if source == "stage0":
-            source = (run if (run / "stage0.pt").exists() else Path(config.out_dir)) / "stage0.pt"
+            source = run / "stage0.pt"
+            if config.init_from not in ("", "none") and not source.exists(): raise UserError(f"no {source}: --init_from names a run that has one")
             with ranks.first_alone():
                 if not source.exists(): pretrain(config, model_config, ranks.device, source)
             of_encoder = {name: getattr(model_config, name) for name in ("encoder", "encoder_kwargs", "patch_size", "dim")}
-            check_same(load_checkpoint(source).get("model_config", {}), of_encoder, f"{source} is of another encoder")
+            check_same(load_checkpoint(source)["model_config"], of_encoder, f"{source} is of another encoder")
         load_encoder_weights(model.encoder, str(source))
     return model, copy.deepcopy(model.encoder).requires_grad_(False).eval()   # before anything moves
 

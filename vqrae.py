@@ -13,8 +13,7 @@ VQRAE: one tokenizer, two outputs. (CVPR 2026, "Representation Quantization Auto
          |      Decoder D: the same ViT at patch size 1, then Linear d -> 3 q q   VQRAEConfig.q = p keeps the resolution
      X' (B, 3, hq/p, wq/p)                     <------------  VQRAE.detokenize(indices)
 
-Losses: L_quant (eq. 3) is SimVQ.forward's third result; L_P (eq. 2) PerceptualLoss; L_G (eq. 2) Discriminator, hinge_d_loss, lecam; L_distill
-(eq. 5) distill_loss. In reading order: configuration, encoder, quantiser, decoder, the whole, losses, files; last what the scripts share.
+Losses: L_quant (eq. 3): SimVQ; L_P (eq. 2): PerceptualLoss; L_G (eq. 2): Discriminator, hinge_d_loss, lecam; L_distill (eq. 5): distill_loss.
 """
 import argparse, contextlib, dataclasses, datetime, inspect, io, json, math, os, re, shlex, shutil, signal, sys, time, urllib.request, warnings
 from dataclasses import dataclass, field
@@ -180,9 +179,9 @@ def has_bf16(device):
 
 @torch.no_grad()
 def nearest(z, codes, max_elements=1 << 23, candidates=6):
-    """Index of the nearest row (l2) of codes (k, e) for each of z (M, e) -> (M,). |z - c|^2 = |z|^2 - 2 z.c + |c|^2, whose
-    first term the argmin does not see. In slices of rows: of the M x k distances at most 32 MB in float32 exist at once.
-    A large codebook's products are taken in bfloat16 where that is fast, and float32 decides among the nearest few."""
+    """Index of the nearest row (l2) of codes (k, e) for each of z (M, e) -> (M,): the least |c - m|^2 / 2 - (z - m).c, which is half of
+    |z - c|^2 but for terms that all codes share; m, the mean code, keeps the numbers small. In slices of rows: of the M x k distances at
+    most 32 MB in float32 exist at once. A large codebook's products are in bfloat16 where that is fast; float32 decides among the best."""
     mean, found = codes.mean(0), []
     half = torch.cat([(some - mean).square().sum(1) for some in codes.split(1024)]) / 2            # (k,); no copy of all of the codes
     in_bf16 = z.dtype == torch.float32 and codes.numel() >= 1 << 22 and has_bf16(z.device)
@@ -190,7 +189,7 @@ def nearest(z, codes, max_elements=1 << 23, candidates=6):
         low = torch.cat([(some - mean).bfloat16() for some in codes.split(1024)])                  # (k, e)
         low_half = (half - half.mean()).bfloat16()                            # (k,)
     for rows in z.split(max(1, max_elements // len(codes))):
-        rows = rows - mean                # (m, e); smaller numbers round better; rows @ mean is the same for all codes
+        rows = rows - mean                                                    # (m, e)
         if not in_bf16:
             found.append(torch.addmm(half, rows, codes.T, alpha=-1).argmin(1))
             continue
@@ -215,7 +214,7 @@ class SimVQ(nn.Module):
             indices = nearest(z.flatten(0, 1), self.proj(self.codebook)).view(z.shape[:-1])   # (B, N); takes no gradient
             z_q = self.lookup(indices)                                        # (B, N, e): the chosen rows again, now for W's gradient
             loss = F.mse_loss(z_q, z.detach()) + self.beta * F.mse_loss(z, z_q.detach())
-        return z_q.detach() + (z - z.detach()), indices, loss     # z + (z_q - z).detach() would round: 0.016 off in bf16
+        return z_q.detach() + (z - z.detach()), indices, loss     # straight through: z_q's value, z's gradient. z + (z_q - z).detach() would round
 
     def lookup(self, indices):                                                # (...) int64 -> (..., e)
         with no_autocast(indices):
@@ -370,7 +369,7 @@ class Discriminator(nn.Module):
         widths = (width, width, 2 * width, 4 * width)
         self.stem = nn.Conv2d(3, width, 5, padding="same")
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding="same") for a, b in zip(widths, widths[1:]))
-        self.norms = nn.ModuleList(nn.GroupNorm(min(32, b // 4), b) for b in widths[1:])
+        self.norms = nn.ModuleList(nn.GroupNorm(math.gcd(b, max(1, min(32, b // 4))), b) for b in widths[1:])
         self.head = nn.Sequential(nn.Conv2d(widths[-1], widths[-1], 1), nn.LeakyReLU(0.1), nn.Conv2d(widths[-1], 1, 5, padding="same"))
         kernel = torch.tensor([1., 3., 3., 1.]) / 8
         self.register_buffer("blur", (kernel[:, None] * kernel).view(1, 1, 4, 4), persistent=False)
@@ -504,7 +503,7 @@ class Ranks:
     def __init__(self, device=""):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.first, self.stop_asked = self.rank == 0, False
-        device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if device == "cuda": device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         with explained(f"--device {device} cannot be used here"):
             self.device = torch.empty(1, device=device).device
