@@ -1146,6 +1146,8 @@ def test_codes_of_a_folder_are_cached_and_refused_when_they_should_be(trained, f
     out, _ = trained
     data = tmp_path / "data"
     shutil.copytree(folder, data)
+    caption = data / "b" / "01.txt"
+    caption.write_text("one\n")
     flags = ["--data", str(data), "--batch_size", "4", "--total_steps", "2", "--val_images", "2", "--device", "cpu", "--out_dir", str(tmp_path / "run"), "--max_length", "64"]
     stage1, stage2 = (["--tokenizer", str(out / f"tokenizer-stage{stage}")] for stage in (1, 2))
     assert run_inside("train_ar.py", *flags, *stage2) == "no error"
@@ -1153,6 +1155,12 @@ def test_codes_of_a_folder_are_cached_and_refused_when_they_should_be(trained, f
     assert run_inside("train_ar.py", *flags, *stage2, "--overwrite") == "no error"
     assert len(made) == 2 and all(path.stat().st_mtime_ns == at for path, at in made.items())         # found, not made again
     assert "another tokenizer" in run_inside("train_ar.py", *flags, *stage1, "--overwrite")
+    stat = caption.stat()
+    caption.write_text("two\n")                                               # of the same length, and still noticed
+    assert "other images" in run_inside("train_ar.py", *flags, *stage2, "--overwrite")
+    caption.write_text("one\n")
+    os.utime(caption, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert run_inside("train_ar.py", *flags, *stage2, "--overwrite") == "no error"
     next(data.rglob("*.png")).unlink()
     assert "other images" in run_inside("train_ar.py", *flags, *stage2, "--overwrite")
     assert run_inside("train_ar.py", *flags, *stage1, "--overwrite", "--overwrite_cache") == "no error"
@@ -1218,6 +1226,11 @@ def test_understanding_end_to_end(trained, tmp_path):
         assert message in run_inside("sample.py", "--out_dir", str(out), "--device", "cpu", *argv)
     run("eval.py", out / "tokenizer-stage1", out / "tokenizer", "--vqa", "--num_images", 16, "--out_dir", out)
     found = json.loads((out / "vqa.json").read_text())
+    from safetensors.torch import load_file, save_file
+    other = shutil.copytree(out / "tokenizer-stage1", tmp_path / "other")     # with a teacher that is not the one the MLLM learned from
+    state = load_file(other / "teacher.safetensors")
+    save_file({name: value * 1.01 for name, value in state.items()}, other / "teacher.safetensors")
+    assert "reads another VFM" in run_inside("eval.py", str(other), "--vqa", "--num_images", "16", "--out_dir", str(out), "--device", "cpu")
     stage1, stage2 = found.values()
     assert stage1["vqa_teacher"] == stage2["vqa_teacher"] == stage1["vqa_features"]                 # stage 1's encoder is the teacher
     assert set(stage2["vqa_tokens"]) == {"presence", "counting", "color", "position", "overall"} and set(stage2["pope_features"]) == {"accuracy", "precision", "recall", "f1"}
@@ -1266,7 +1279,7 @@ def test_bad_input_gets_one_line_and_harms_nothing(trained, folder, tmp_path):
             (new + stage2, "run `python train_tokenizer.py"), (new + ["--resume"], "nothing to resume"), (["--out_dir", str(out)], "--overwrite"),
             (new + ["--init_from", str(out)] + stage2 + ["--codebook_size", "20"], "codebook_size is 24 there, 20 here"),
             (new + ["--init_from", str(tmp_path / "evil")] + stage2, "not loaded"), (["--out_dir", str(tmp_path / "file" / "x")], "Not a directory"),
-            (new + ["--data", str(tmp_path / "none")], "no such folder"), (new + ["--data", str(tmp_path / "empty")], "no images in it"),
+            (new + ["--init_from", str(tmp_path / "none")], "names a run that has one"), (new + ["--data", str(tmp_path / "none")], "no such folder"), (new + ["--data", str(tmp_path / "empty")], "no images in it"),
             (new + ["--batch_size", "6", "--micro_batch", "4"], "multiple"), (new + ["--perceptual", "lpips", "--lpips_weights", "none.pt"], "no file none.pt"),
             (new + ["--encoder", "no_such_vit"], "timm cannot build no_such_vit"), (new + ["--device", "cuda:9"], "--device cuda:9"),
             (new + ["--encoder_weights", "none.pt"], "no file none.pt"), (new + ["--stage", "0", "--encoder_weights", "random"], "stage 0 is for")]:
