@@ -201,7 +201,7 @@ def find_objects(images, least_area=25):
     number = number[(number % (size + 1) > 0) & (area >= least_area)]         # (M,)
     picture = number // (size + 1)
     own = (label[picture] == (number % (size + 1)).view(-1, 1, 1, 1)).float()  # (M, 1, H, W)
-    strength = (delta[picture] * own).norm(dim=1, keepdim=True) ** 3          # its colour: where it is strongest
+    strength = (delta[picture] * own).norm(dim=1, keepdim=True) ** 3          # its colour is told where it is strongest, not at its edge
     mean = lambda x: (x * strength).sum((2, 3)) / strength.sum((2, 3))        # (M, 3, H, W) -> (M, 3)
     rgb, contrast = mean(images[picture]), mean(delta[picture])
     gain = ((rgb[:, None] * PALETTE).sum(-1, keepdim=True) / PALETTE.square().sum(-1, keepdim=True)).clamp(0.9, 1.1)

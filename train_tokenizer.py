@@ -343,7 +343,7 @@ def start_bottleneck(model, config, dataset, ranks):
     model.to(ranks.device)
     if ranks.first:
         size, p, Z_I, pixels = model.config.image_size, model.config.patch_size, [], []
-        patches = min(128 * model.config.codebook_size, max(32 * model.config.codebook_size, 1 << 19))          # 128 a code, while they are few
+        patches = min(128 * model.config.codebook_size, max(32 * model.config.codebook_size, 1 << 19))  # half a million; but 32 to 128 a code
         positions = range(max(64, patches // model.config.num_tokens))
         for batch in batches(dataset, size, positions, min(64, config.batch_size), config.num_workers, ranks.device):
             Z_I.append(model.encode(batch["image"]).flatten(0, 1))                            # (B N, d)
@@ -567,9 +567,9 @@ def plan(index, task=None):
     u = uniforms(index, 48)
     task = MIX[(u[:, 0] * len(MIX)).long()] if task is None else torch.as_tensor(task).expand_as(index)
     count = torch.tensor([1, 2, 2, 1, 2, 2, 3])[task] + (u[:, 1] * torch.tensor([1, 1, 3, 1, 1, 1, 2])[task]).long()     # at least, and how many more
-    different = u[:, 2:8].argsort(1)[:, :4], u[:, 8:16].argsort(1)[:, :4]     # shapes, colors: all different (but for the swap below),
-    shape, color = (torch.where((task == 2)[:, None], kind[:, :1], kind) for kind in different)   # but for counting
-    color = torch.where((index < VALIDATION)[:, None] & HELD_OUT[shape, color], (color + 1) % 8, color)      # no HELD_OUT pair in training
+    different = u[:, 2:8].argsort(1)[:, :4], u[:, 8:16].argsort(1)[:, :4]     # shapes and colors: all different in a picture,
+    shape, color = (torch.where((task == 2)[:, None], kind[:, :1], kind) for kind in different)   # except in counting
+    color = torch.where((index < VALIDATION)[:, None] & HELD_OUT[shape, color], (color + 1) % 8, color)      # may repeat a color
     relation = (u[:, 1] * 4).long()
     cells = u[:, 16:20].argsort(1)                                            # quadrants: 0 1 over 2 3,
     cells = torch.where(torch.arange(4) < count[:, None], cells, cells + 4).sort(1).values % 4      # taken in reading order
