@@ -108,7 +108,7 @@ PRESETS = {
                         end_lr=1e-4, warmup_steps=50, log_every=20, eval_every=1000, save_every=1000, lm_config=dict(
                             hidden_size=128, num_hidden_layers=4, intermediate_size=384, num_attention_heads=4, num_key_value_heads=4, head_dim=32,
                             rope_parameters=dict(rope_type="default", rope_theta=1000.0), initializer_range=0.06)),
-    "config tiny, phase pretrain": dict(total_steps=60, warmup_steps=10, lr=2.5e-3, max_length=192),                                  # [ours]
+    "config tiny, phase pretrain": dict(total_steps=60, warmup_steps=10, lr=3e-4, max_length=192),                                   # [ours]
     "config tiny, phase sft": dict(total_steps=1700, lr=1.5e-3, max_length=192),                                                      # [ours]
 }
 

@@ -621,7 +621,7 @@ def questions(index, scene):
         for o in alone:
             asked[f"what color is the {drawn[o]}?"] = "color", things[o][0]
         dx, dy = xs[i] - xs[j], ys[i] - ys[j]
-        if u[8] < 0.5 and len(alone) == 2 and max(abs(dx), abs(dy)) > 8:
+        if u[8] < 0.3 and len(alone) == 2 and max(abs(dx), abs(dy)) > 8:
             across = abs(dx) > abs(dy)
             asked[f"is the {drawn[i]} {'left or right of' if across else 'above or below'} the {drawn[j]}?"] = (
                 "position", ("left" if dx < 0 else "right") if across else "above" if dy < 0 else "below")
