@@ -109,7 +109,7 @@ PRESETS = {
                             hidden_size=128, num_hidden_layers=4, intermediate_size=384, num_attention_heads=4, num_key_value_heads=4, head_dim=32,
                             rope_parameters=dict(rope_type="default", rope_theta=1000.0), initializer_range=0.06)),
     "config tiny, phase pretrain": dict(total_steps=60, warmup_steps=10, lr=3e-4, max_length=192),                                   # [ours]
-    "config tiny, phase sft": dict(total_steps=1700, lr=1.5e-3, max_length=192),                                                      # [ours]
+    "config tiny, phase sft": dict(total_steps=1900, lr=1.5e-3, max_length=192),                                                      # [ours]
 }
 
 SHARED = {"config", "out_dir", "device", "tokenizer"}                         # flags that the next command takes over; or the next phase
