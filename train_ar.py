@@ -104,7 +104,7 @@ PRESETS = {
     "phase pretrain": dict(lr=1e-3, total_steps=2325, warmup_steps=70, batch_size=256),
     "phase sft": dict(lr=2e-5, total_steps=5195, warmup_steps=156, batch_size=128),
     "config siglip2_base_256, task generate": dict(batch_size=128, micro_batch=16),                                                   # [ours]
-    "config tiny": dict(lm="random", max_length=128, precision="float32", batch_size=16, num_workers=0, total_steps=2500, lr=4e-3,    # [ours]
+    "config tiny": dict(lm="random", max_length=128, precision="float32", batch_size=16, num_workers=0, total_steps=3300, lr=4e-3,    # [ours]
                         end_lr=1e-4, warmup_steps=50, log_every=20, eval_every=1000, save_every=1000, lm_config=dict(
                             hidden_size=128, num_hidden_layers=4, intermediate_size=384, num_attention_heads=4, num_key_value_heads=4, head_dim=32,
                             rope_parameters=dict(rope_type="default", rope_theta=1000.0), initializer_range=0.06)),
