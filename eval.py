@@ -278,8 +278,7 @@ def generation(folder, config, ranks):
 @torch.no_grad()
 def vqa(folder, config, ranks):
     """-> PSNR, and share of right answers by kind of question, from teacher, Z_I (features) and Z_bot (tokens: features after quantisation)."""
-    model = load_tokenizer(folder, ranks.device)
-    mllm, text_tokenizer = load_mllm(config.out_dir, folder, model.config, ranks.device)
+    mllm, text_tokenizer, model = load_mllm(config.out_dir, folder, ranks.device)
     index, rows, psnrs = torch.arange(config.num_images) + VALIDATION, [], []
     teacher = load_teacher(folder, model.config).to(ranks.device)
     for part in tqdm(index.split(config.batch_size), desc="ask"):

@@ -25,7 +25,7 @@ from transformers import StaticCache, TopKLogitsWarper, TopPLogitsWarper
 
 from train_ar import chat, layout, load_generator, load_mllm, pad_left, positions_of, square, visual_logits
 from train_tokenizer import decode
-from vqrae import Ranks, UserError, check_least, command_line, explained, full, load_tokenizer, parse_config, print_config, resize
+from vqrae import Ranks, UserError, check_least, command_line, explained, full, parse_config, print_config, resize
 
 @dataclass
 class SampleConfig:
@@ -137,8 +137,7 @@ def answer(mllm, text_tokenizer, Z_I, questions, max_new_tokens=64):
 @torch.no_grad()
 def converse(config, device):
     """Answer --ask about --image, with the tokenizer's own encoder in the place of the VFM that the MLLM was trained on."""
-    tokenizer = load_tokenizer(config.tokenizer, device)
-    mllm, text_tokenizer = load_mllm(config.out_dir, config.tokenizer, tokenizer.config, device)
+    mllm, text_tokenizer, tokenizer = load_mllm(config.out_dir, config.tokenizer, device)
     for question in config.ask:
         if "<image>" in question: raise UserError("--ask: leave <image> out, it is put before the question")
         check_text(question, f"--ask {question[:40]!r}", text_tokenizer, mllm.lm.config.understand["max_length"] - tokenizer.config.num_tokens - 12)

@@ -108,12 +108,12 @@ PRESETS = {
                         end_lr=1e-4, warmup_steps=50, log_every=20, eval_every=1000, save_every=1000, lm_config=dict(
                             hidden_size=128, num_hidden_layers=4, intermediate_size=384, num_attention_heads=4, num_key_value_heads=4, head_dim=32,
                             rope_parameters=dict(rope_type="default", rope_theta=1000.0), initializer_range=0.06)),
-    "config tiny, phase pretrain": dict(total_steps=60, warmup_steps=10, lr=3e-4, max_length=192),                                   # [ours]
+    "config tiny, phase pretrain": dict(total_steps=60, warmup_steps=10, lr=3e-4, max_length=192),                                    # [ours]
     "config tiny, phase sft": dict(total_steps=1900, lr=1.5e-3, max_length=192),                                                      # [ours]
 }
 
-SHARED = {"config", "out_dir", "device", "tokenizer"}                         # flags that the next command takes over; or the next phase
-CARRIED = SHARED | {"lm", "lm_config", "micro_batch", "num_workers", "precision", "compile", "checkpointing", "seed"}
+SHARED = {"config", "out_dir", "device", "tokenizer"}                         # flags that the next command takes over,
+CARRIED = SHARED | {"lm", "lm_config", "micro_batch", "num_workers", "precision", "compile", "checkpointing", "seed"}      # and SFT
 
 # ---- Language model and layout. What sets ours apart from any other Qwen3 is written in its config as `visual`:
 # offset and codes (the ids offset ... offset + codes - 1 are pictures), tokens (N), boi, eoi, max_length, and which tokenizer.
@@ -222,7 +222,7 @@ def open_codes(source, part, config, tokenizer, which, ranks):
     listing = hashlib.sha256()
     for record in map(dataset.record, range(len(dataset))):
         files = [part[0] for part in (record["image"], record["text"]) if isinstance(part, tuple) and part[2] < 0]         # not in shards
-        listing.update(repr((record, [(file.st_size, file.st_mtime) for file in map(os.stat, files)])).encode())
+        listing.update(repr((record, [(stat.st_size, stat.st_mtime) for stat in map(os.stat, files)])).encode())
     path = Path(config.out_dir) / f"codes-{part}-{which}-{listing.hexdigest()[:16]}.npy"
     if path.is_file() and not config.overwrite_cache: return np.load(path, mmap_mode="r")
     others = [other for other in path.parent.glob(f"codes-{part}-*.npy") if other != path]
@@ -316,16 +316,16 @@ def reads(folder, model_config):
     teacher = identity(folder, "teacher.safetensors") if beside else f"{model_config.encoder}, {Path(model_config.encoder_weights).name}"
     return dict(dim=model_config.dim, tokens=model_config.num_tokens, image_size=model_config.image_size, teacher=teacher)
 
-def load_mllm(out_dir, tokenizer_folder, model_config, device="cpu"):
-    """-> MLLM that `--task understand` made, and its text tokenizer; checked to have been trained on the VFM that the tokenizer began from."""
-    folder = Path(out_dir) / "mllm"
+def load_mllm(out_dir, tokenizer_folder, device="cpu"):
+    """-> MLLM that `--task understand` made, its text tokenizer, and the VQRAE tokenizer, checked to have begun from the VFM that it learned from."""
+    folder, tokenizer = Path(out_dir) / "mllm", load_tokenizer(tokenizer_folder, device)
     if not (folder / "connector.safetensors").is_file():
         raise UserError(f"no trained MLLM in {folder}: python train_ar.py --task understand makes one (--out_dir names the run)")
     lm, text_tokenizer = read_lm(folder, f"{folder} cannot be read as an MLLM: train it again", local_files_only=True)
-    check_same(lm.config.understand, reads(tokenizer_folder, model_config), f"{folder} reads another VFM than {tokenizer_folder} began from")
-    net = MLLM(lm, model_config.dim)
+    check_same(lm.config.understand, reads(tokenizer_folder, tokenizer.config), f"{folder} reads another VFM than {tokenizer_folder} began from")
+    net = MLLM(lm, tokenizer.config.dim)
     net.connector.load_state_dict(load_file(folder / "connector.safetensors"))
-    return net.to(device).eval(), text_tokenizer
+    return net.to(device).eval(), text_tokenizer, tokenizer
 
 # ---- Training. Each task has a network, batches by position, a loss, a validation and files; the loop below is the same.
 class Generate:
@@ -433,9 +433,8 @@ class Understand:
         for batch in self.stream(parts, val=True):
             total += self.loss(self.net, *(t.to(self.device) for t in batch), right).item() * len(right[-1])
         right = torch.cat(right)
-        eval_vqa = next_command("eval.py", self.config, {"device"}, vqa=True, out_dir=self.config.out_dir)
-        self.next = (f"{eval_vqa} {self.config.tokenizer}" if self.config.phase == "sft" else
-                     next_command("train_ar.py", self.config, CARRIED, task="understand", phase="sft"))
+        self.next = (next_command("train_ar.py", self.config, CARRIED, task="understand", phase="sft") if self.config.phase == "pretrain" else
+                     next_command("eval.py", self.config, {"device"}, vqa=True, out_dir=self.config.out_dir, tokenizers=(self.config.tokenizer,)))
         return dict(val_loss=total / len(right), val_accuracy=right.sum().item() / len(right))
 
 def train(config, ranks):

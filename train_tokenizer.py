@@ -101,7 +101,7 @@ PRESETS = {
     # A world of minutes, not days: everything shorter, rates higher, the losses the same but for the perceptual one.
     "config tiny": dict(batch_size=16, total_steps=1100, lr=2e-3, end_lr=1e-4, warmup_steps=50, beta2=0.95, precision="float32",      # [ours]
                  num_workers=0, perceptual="vfm", perceptual_weight=0.005, disc_width=16, log_every=20, eval_every=300, save_every=300),
-    "config tiny, stage 2": dict(total_steps=1150, encoder_lr=1e-3, distill_weight=0.2, disc_start=1090, disc_weight=0.001),    # [ours]
+    "config tiny, stage 2": dict(total_steps=1150, encoder_lr=1e-3, distill_weight=0.2, disc_start=1090, disc_weight=0.001),         # [ours]
 }
 
 CARRIED = {"config", "data", "val_data", "out_dir", "device", "seed", "batch_size", "micro_batch", "num_workers",      # by the next stage
@@ -333,7 +333,7 @@ def starting_point(config, model_config, ranks, resumed):
             with ranks.first_alone():
                 if not source.exists(): pretrain(config, model_config, ranks.device, source)
             of_encoder = {name: getattr(model_config, name) for name in ("encoder", "encoder_kwargs", "patch_size", "dim")}
-            check_same(load_checkpoint(source)["model_config"], of_encoder, f"{source} is of another encoder")
+            check_same(load_checkpoint(source).get("model_config", {}), of_encoder, f"{source} is of another encoder")
         load_encoder_weights(model.encoder, str(source))
     return model, copy.deepcopy(model.encoder).requires_grad_(False).eval()   # before anything moves
 
@@ -567,9 +567,9 @@ def plan(index, task=None):
     u = uniforms(index, 48)
     task = MIX[(u[:, 0] * len(MIX)).long()] if task is None else torch.as_tensor(task).expand_as(index)
     count = torch.tensor([1, 2, 2, 1, 2, 2, 3])[task] + (u[:, 1] * torch.tensor([1, 1, 3, 1, 1, 1, 2])[task]).long()     # at least, and how many more
-    different = u[:, 2:8].argsort(1)[:, :4], u[:, 8:16].argsort(1)[:, :4]     # shapes and colors: all different in a picture,
-    shape, color = (torch.where((task == 2)[:, None], kind[:, :1], kind) for kind in different)   # except in counting
-    color = torch.where((index < VALIDATION)[:, None] & HELD_OUT[shape, color], (color + 1) % 8, color)      # may repeat a color
+    different = u[:, 2:8].argsort(1)[:, :4], u[:, 8:16].argsort(1)[:, :4]     # shapes and colors: all different in a picture
+    shape, color = (torch.where((task == 2)[:, None], kind[:, :1], kind) for kind in different)   # but for counting, and a HELD_OUT pair's color
+    color = torch.where((index < VALIDATION)[:, None] & HELD_OUT[shape, color], (color + 1) % 8, color)      # no HELD_OUT pair in training
     relation = (u[:, 1] * 4).long()
     cells = u[:, 16:20].argsort(1)                                            # quadrants: 0 1 over 2 3,
     cells = torch.where(torch.arange(4) < count[:, None], cells, cells + 4).sort(1).values % 4      # taken in reading order

@@ -610,10 +610,10 @@ def split_batch(config, ranks):
     return local, micro, local // micro
 
 def next_command(script, config, keep=None, **more):
-    """The command to type next: `script`, a training as this run was started, with this run's flags (None: all) that are in `keep`, and `more`."""
+    """The command to type next: `script`, a training as this run was started, with this run's flags (None: all) in `keep`, and `more`."""
     how = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if "RANK" in os.environ and "train" in Path(script).name else "python"
     flags = {name: value for name, value in config.given.items() if (name != "overwrite" if keep is None else name in keep)} | more
-    words = [(f"--{name}",) if value is True else (f"--no-{name}",) if value is False else
+    words = [(f"--{name}",) if value is True else (f"--no-{name}",) if value is False else value if isinstance(value, tuple) else
              (f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)) for name, value in flags.items()]
     return f"{how} {shlex.join([script, *(word for pair in words for word in pair)])}"
 
