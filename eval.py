@@ -18,34 +18,37 @@ import torch.nn.functional as F
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from sample import answer, generate
-from train_ar import load_generator, load_mllm
+from sample import PRESETS, SampleConfig, answer, generate
+from train_ar import load_generator, load_mllm, questions
 from train_tokenizer import (ATLAS, EXTENT, HELD_OUT, PALETTE, SHAPES, SIDE, TASKS, VALIDATION, WINDOW, Images, Scene, batches, captions, masks, plan,
-                             questions, render)
+                             render)
 from vqrae import (Ranks, SimVQ, UserError, as_file, build_lpips, check_least, code_usage, command_line, explained, load_checkpoint,
-                   load_teacher, load_tokenizer, nearest, parse_config, psnr, resize)
+                   load_teacher, load_tokenizer, nearest, parse_config, print_config, psnr, resize)
 
 @dataclass
 class EvalConfig:
     tokenizers: tuple = ()                # tokenizer folders; none: out_dir/tokenizer
+    config: Literal["tiny", "siglip2_base_256", "siglip2_256", "siglip2_512", "internvit_448"] = "tiny"  # whose run folder
     data: str = "shapes"                  # shapes, a folder of images, or 'shards-{000..127}.tar'
     part: Literal["all", "val"] = "all"   # of a folder or shards; val: those that training without --val_data held out
     num_images: int = 0                   # as many of them, evenly spread, or all if there are fewer; 0: 2048, 512 with --vqa or --generation
     size: int = 0                         # score at this many pixels a side (the paper: 256); 0: the tokenizer's own
-    out_dir: str = "out/tiny"             # eval.json goes here
+    out_dir: str = ""                     # the run's folder, where eval.json goes; "": out/CONFIG
     batch_size: int = 64                  # images at a time on each rank
     num_workers: int = 0                  # decoding processes a rank
-    device: str = ""                      # cuda, cpu or mps; "": cuda where it is there, else cpu
+    device: str = ""                      # cuda, mps or cpu; "": the first of them that is there
     lpips_weights: str = ""               # a file of torchvision's vgg16; "": download
     inception_weights: str = ""           # a file of pytorch-fid's Inception; "": torch-fidelity downloads it
     vqa: bool = False                     # instead: questions about the shapes world, answered by out_dir's MLLM on each tokenizer's features
     generation: bool = False              # instead: score out_dir's generator on prompts of the shapes world
     curves: bool = False                  # instead: draw loss, PSNR and codebook usage from out_dir's logs
-    guidance: float = 2.0                 # of its pictures, see sample.py
-    temperature: float = 0.65             # of its pictures, see sample.py
+    guidance: float = SampleConfig.guidance  # of its pictures, see sample.py, whose presets hold here too
+    temperature: float = SampleConfig.temperature  # of its pictures
 
     def __post_init__(self):
+        self.out_dir = self.out_dir or f"out/{self.config}"
         self.num_images = self.num_images or (512 if self.generation or self.vqa else 2048)
+        if 0 < self.size < 7: raise UserError(f"--size {self.size}: at least 7, the window of SSIM")
         check_least(self, num_images=24 if self.generation else 2, batch_size=1, size=0)
 
 # ---- Reconstruction -------------------------------------------------------------------------------------------------
@@ -152,7 +155,7 @@ def semantics(model, teacher, dataset, total, config, device):
     rows, labels, small = {}, [], []
     scenes = (plan(part + 2 * VALIDATION, task=0) for part in torch.arange(total).split(config.batch_size))
     singles = (dict(image=render(s), label=(s.shape[:, 0] * 8 + s.color[:, 0]).tolist()) for s in scenes)
-    for batch in singles if dataset is None else batches(dataset, model.config.image_size, range(total), config.batch_size):
+    for batch in singles if dataset is None else batches(dataset, model.config.image_size, range(total), config.batch_size, config.num_workers):
         images = resize(batch["image"].to(device), model.config.image_size)
         result = model(images)
         found = dict(features=result.Z_I, teacher=teacher and teacher(images), tokens=model.quantizer and model.quantizer.lookup(result.indices))
@@ -165,8 +168,8 @@ def semantics(model, teacher, dataset, total, config, device):
     if model.quantizer and len(labels) >= 8:                                  # one image a cluster at least
         draw_clusters((rows["features"], rows["tokens"]), torch.cat(small), Path(config.out_dir) / "clusters.png")
     classes = {label: i for i, label in enumerate(sorted(set(labels)))}
-    if len(classes) < 2:
-        return dict(knn_top1=None, probe_top1=None), dict(semantics=f"{config.data} has no classes (folders, or label in metadata.jsonl)")
+    if len(classes) < 2 or len(labels) < 4:
+        return dict(knn_top1=None, probe_top1=None), dict(semantics=f"{config.data}: needs 2 classes (folders, or label in metadata.jsonl), 4 images")
     labels = torch.tensor([classes[label] for label in labels])
     with torch.enable_grad():
         return {key: {name: f(z[::2], labels[::2], z[1::2], labels[1::2]) for name, z in rows.items()}
@@ -213,8 +216,8 @@ def find_objects(images, least_area=25):
     unit_area = (ATLAS > 0).float().mean((1, 2, 3)) * (2 * EXTENT) ** 2       # (6,) at radius 1
     s = len(SHAPES)
     radius = (mass[:, None] / unit_area).sqrt().clamp(4, 13)                  # (M, 6): each shape in the size of that area
-    at, straight = (i.repeat_interleave(s) for i in (x, y)), torch.zeros(len(x) * s)
-    drawn, rows, columns = masks(torch.arange(s).repeat(len(x)), *at, radius.flatten(), straight)
+    centers, straight = (i.repeat_interleave(s) for i in (x, y)), torch.zeros(len(x) * s)
+    drawn, rows, columns = masks(torch.arange(s).repeat(len(x)), *centers, radius.flatten(), straight)
     seen = cover[torch.arange(len(x))[:, None, None], rows[::s], columns[::s]]                             # (M, W, W)
     error = (drawn.view(-1, s, WINDOW ** 2) - seen.view(-1, 1, WINDOW ** 2)).square().sum(-1)              # (M, 6)
     return picture, error.argmin(1), color, x, y
@@ -362,8 +365,9 @@ def table(results):
     return "\n".join(f"| {' | '.join([key, *row])} |" for key, row in rows.items())
 
 def main():
-    config, *_ = parse_config(EvalConfig)
+    config, _, origin = parse_config(EvalConfig, PRESETS)
     ranks, out = Ranks(config.device), Path(config.out_dir)
+    if ranks.first: print_config(origin, config)
     out.mkdir(parents=True, exist_ok=True)
     if config.curves: return draw_curves(out)
     if config.generation and not ranks.first: return

@@ -9,8 +9,8 @@ Draw pictures for captions: text -> codes -> pixels, with a generator that train
     python sample.py --image FILE --ask "how many circles are there?"         after train_ar.py --task understand
 
 --geneval and --dpg go on where they stopped: a picture that is there is not made again, so give other settings another --out.
-A picture depends on its caption, --seed and its number among the caption's pictures, and on nothing else: not on batch size,
-rank or the other captions (float32, CPU).
+With the same model and settings a picture depends on its caption, --seed and its number among the caption's pictures alone: not on
+batch size, rank or the other captions (float32, CPU).
 """
 import collections, functools, json, re, time, zlib
 from dataclasses import dataclass
@@ -24,7 +24,6 @@ from tqdm import tqdm
 from transformers import StaticCache, TopKLogitsWarper, TopPLogitsWarper
 
 from train_ar import chat, layout, load_generator, load_mllm, pad_left, positions_of, square, visual_logits
-from train_tokenizer import decode
 from vqrae import Ranks, UserError, check_least, command_line, explained, full, parse_config, print_config, resize
 
 @dataclass
@@ -32,7 +31,7 @@ class SampleConfig:
     config: Literal["tiny", "siglip2_base_256", "siglip2_256", "siglip2_512", "internvit_448"] = "tiny"  # whose presets and run folder
     out_dir: str = ""                     # the run's folder; "": out/CONFIG
     tokenizer: str = ""                   # folder of the VQRAE tokenizer; "": out_dir/tokenizer
-    device: str = ""                      # cuda, cpu or mps; "": cuda where it is there, else cpu
+    device: str = ""                      # cuda, mps or cpu; "": the first of them that is there
     precision: Literal["bf16", "float32"] = "bf16"  # of the language model; the tokenizer stays float32
     compile: bool = True                  # torch.compile, on a GPU alone
     # what to draw, and where
@@ -63,6 +62,7 @@ class SampleConfig:
         check_least(self, batch_size=1, num_images=0, resolution=0)
         if self.dpg and self.num_images not in (0, 4): raise UserError("--dpg makes four pictures a prompt: leave --num_images out")
         check_options(self.guidance, self.temperature, self.top_k, self.top_p)
+        self.dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 PRESETS = {"config tiny": dict(precision="float32", guidance=2.0, temperature=0.65, top_k=0)}       # [ours] measured on shapes
 
@@ -84,7 +84,7 @@ def choose(logits, u, temperature, top_k, top_p):
 
 def step(lm, ids, positions, allowed, cache):
     """Read ids (R, L) after what `cache` holds -> logits of the next code (R, k). allowed: (R, 1, L, cache's length) bool."""
-    x = lm.model(ids, attention_mask=dict(full_attention=allowed), position_ids=positions, past_key_values=cache, use_cache=True)
+    x = lm.model(ids, dict(full_attention=allowed), positions, cache, use_cache=True)     # the cache by place: transformers 5 renames it
     return full(visual_logits(lm, x.last_hidden_state[:, -1]))
 
 @functools.lru_cache(maxsize=1)                   # compiled code wants its own tensors again; another size, another cache
@@ -137,15 +137,14 @@ def answer(mllm, text_tokenizer, Z_I, questions, max_new_tokens=64):
 @torch.no_grad()
 def converse(config, device):
     """Answer --ask about --image, with the tokenizer's own encoder in the place of the VFM that the MLLM was trained on."""
-    mllm, text_tokenizer, tokenizer = load_mllm(config.out_dir, config.tokenizer, device)
+    mllm, text_tokenizer, tokenizer = load_mllm(config.out_dir, config.tokenizer, device, config.dtype)
     for question in config.ask:
         if "<image>" in question: raise UserError("--ask: leave <image> out, it is put before the question")
         check_text(question, f"--ask {question[:40]!r}", text_tokenizer, mllm.lm.config.understand["max_length"] - tokenizer.config.num_tokens - 12)
     with explained(f"--image {config.image} cannot be read as an image"):
-        image = square(decode(Path(config.image).read_bytes()), tokenizer.config.image_size)
+        image = square(config.image, tokenizer.config.image_size)
     Z_I = tokenizer.encode(image[None].to(device)).expand(len(config.ask), -1, -1)
-    for question, text in zip(config.ask, answer(mllm, text_tokenizer, Z_I, config.ask)):
-        print(f"{question} {text}")
+    print(*map(" ".join, zip(config.ask, answer(mllm, text_tokenizer, Z_I, config.ask))), sep="\n")
 
 # ---- What to draw ---------------------------------------------------------------------------------------------------
 Job = collections.namedtuple("Job", "prompt seeds path where line", defaults=[""])   # a seed a picture, one file; who gave the prompt; GenEval's line
@@ -193,8 +192,7 @@ def main():
     if ranks.first: print_config(origin, config)
     if config.ask: return converse(config, ranks.device)
     out, jobs = read_jobs(config)
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    lm, text_tokenizer, tokenizer = load_generator(config.out_dir, config.tokenizer, ranks.device, dtype)
+    lm, text_tokenizer, tokenizer = load_generator(config.out_dir, config.tokenizer, ranks.device, config.dtype)
     visual, resolution = lm.config.visual, config.resolution or tokenizer.config.output_size
     for prompt, where in {job.prompt: job.where for job in jobs}.items():
         check_text(prompt, where, text_tokenizer, visual["max_length"] - visual["tokens"] - 2)
@@ -232,9 +230,9 @@ def main():
     bar.close()
     ranks.wait()
     if ranks.first and not (config.dpg or config.geneval): save_image(shown, out / "grid.png", nrow=8)
-    ranks.say(f"\nNext, in DPG-Bench's repository: compute_dpg_bench.py --image-root-path {out} --pic-num 4 --resolution {resolution}"
-              if config.dpg else f"\nNext, in GenEval's repository: evaluation/evaluate_images.py {out} --outfile results.jsonl"
-              if config.geneval else f"\n{len(jobs)} pictures in {out}; the first {len(shown)} together in {out / 'grid.png'}")
+    if config.dpg: ranks.say(f"\nNext, in DPG-Bench's repository: compute_dpg_bench.py --image-root-path {out} --pic-num 4 --resolution {resolution}")
+    elif config.geneval: ranks.say(f"\nNext, in GenEval's repository: evaluation/evaluate_images.py {out} --outfile results.jsonl")
+    else: ranks.say(f"\n{len(jobs)} pictures in {out}; the first {len(shown)} together in {out / 'grid.png'}")
 
 if __name__ == "__main__":
     command_line(main)

@@ -207,6 +207,18 @@ def test_rae_baseline_differs_in_the_quantiser_alone(small):
         rae.tokenize(pictures())
 
 
+def test_every_parameter_is_optimised_once_and_only_matrices_decay(small):
+    discriminator, config = Discriminator(16), tt.TrainConfig(stage=2, encoder_lr=1e-5, disc_start=7)
+    groups = list(tt.parameter_groups(small, discriminator, config))
+    named = [*small.named_parameters(), *(("discriminator." + name, p) for name, p in discriminator.named_parameters())]
+    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for _, p in named)
+    for name, p in named:
+        [group] = [g for g in groups if any(p is q for q in g["params"])]
+        part = name.split(".")[0]
+        assert group["weight_decay"] == (0 if p.ndim < 2 or name.endswith("pos_embed") else 1e-4), name
+        assert (group["base_lr"], group["start"]) == dict(encoder=(1e-5, 0), discriminator=(4e-5, 7)).get(part, (4e-4, 0)), name
+
+
 def test_every_parameter_gets_a_gradient_and_a_frozen_encoder_none():
     for frozen in (False, True):
         model = VQRAE(SMALL)
@@ -442,7 +454,8 @@ def test_every_field_is_read_somewhere():
 @pytest.mark.parametrize("argv, message", [
     (["--colour", "red"], "unrecognized arguments: --colour"), (["--stage", "7"], "invalid choice"), (["--lr", "fast"], "invalid float"),
     (["--image_size", "60"], "--image_size 64"), (["--batch_size", "0"], "at least 1"), (["--encoder_kwargs", "{depth"], "encoder_kwargs"),
-    (["--resume", "--overwrite"], "choose one"), (["--quantizer", "fsq"], "simvq or none")])
+    (["--resume", "--overwrite"], "choose one"), (["--quantizer", "fsq"], "simvq or none"), (["--lr", "nan"], "at least 1e-12"),
+    (["--beta2", "1"], "below 1"), (["--profile"], "goes with --bench")])
 def test_bad_flags_get_one_line(argv, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:
         resolved(*argv)
@@ -518,7 +531,7 @@ def test_questions_have_the_scenes_answers():
     index = torch.arange(1200) + tt.VALIDATION
     scene, seen = tt.plan(index), {}
     one = lambda word: next(s for s in tt.SHAPES if word.startswith(s))
-    for i, asked in enumerate(tt.questions(index, scene)):
+    for i, asked in enumerate(train_ar.questions(index, scene)):
         n = int(scene.count[i])
         things = [(tt.SHAPES[s], list(tt.COLORS)[c], x, y) for s, c, x, y in zip(*(t[i, :n].tolist() for t in (scene.shape, scene.color, scene.x, scene.y)))]
         for question, (kind, answer) in asked.items():
@@ -649,9 +662,10 @@ def test_captions_and_classes(folder):
     assert (items["00"]["text"], items["00"]["label"]) == ("zero", "cat")
     assert (items["01"]["text"], items["01"]["label"]) == ("one", "b")
     assert (items["02"]["text"], items["02"]["label"]) == ("", "a")
-    (folder / "a" / "metadata.jsonl").write_text('{"file_name": "00.png"}\n{"file_na')
-    with pytest.raises(UserError, match="metadata.jsonl, line 2"):
-        tt.Images(str(folder), 32)
+    for second in ('{"file_na', '{"file_name": "01.png", "text": ["a", "list"]}'):
+        (folder / "a" / "metadata.jsonl").write_text('{"file_name": "00.png"}\n' + second)
+        with pytest.raises(UserError, match="metadata.jsonl, line 2"):
+            tt.Images(str(folder), 32)
 
 
 def test_order_and_crops_depend_on_the_position_alone(folder):
@@ -1287,8 +1301,13 @@ def test_bad_input_gets_one_line_and_harms_nothing(trained, folder, tmp_path):
         assert message in said and "\n" not in said, said
     said = run("train_tokenizer.py", *WEE, *new, *stage2, fails=True)         # and once for real
     assert said.strip().splitlines()[-1].startswith("error: stage 2 starts from") and "Traceback" not in said
-    for flags, message in [([str(tmp_path)], "is not a tokenizer folder"), (["--data", "nowhere", str(out / "tokenizer")], "no such folder")]:
+    for flags, message in [([str(tmp_path)], "is not a tokenizer folder"), (["--data", "nowhere", str(out / "tokenizer")], "no such folder"),
+                           (["--size", "5"], "at least 7"), (["--num_images", "2", str(out / "tokenizer")], "no error")]:
         assert message in run_inside("eval.py", *flags, "--out_dir", str(tmp_path))
+    for flags, message in [(["--lm", "./nowhere"], "neither a folder nor a name"), (["--lm_config", "5"], "JSON of Qwen3Config's values, not 5"),
+                           (["--lm_config", '{"hidden_sise": 8}'], "it has no hidden_sise"), (["--lm_config", '{"hidden_size": "x"}'], "not {'hidden_size': 'x'}")]:
+        said = run_inside("train_ar.py", *flags, *new, "--tokenizer", str(out / "tokenizer"))
+        assert message in said and "\n" not in said, said
     assert before == {path.name: path.read_bytes() for path in out.glob("*.pt")} and not (tmp_path / "harm").exists()
 
 
@@ -1315,7 +1334,7 @@ def test_a_nan_stops_the_run_with_its_term_named(trained, tmp_path, monkeypatch)
         assert not (tmp_path / name / "stage2.pt").exists()
 
 
-def test_a_resumed_run_takes_the_new_rates(trained, tmp_path):
+def test_a_resumed_run_takes_the_new_rates(trained, tmp_path, monkeypatch):
     flags = [*WEE, "--out_dir", str(tmp_path), "--init_from", str(trained[0]), "--stage", "2"]
     assert run_inside("train_tokenizer.py", *flags) == "no error"
     assert run_inside("train_tokenizer.py", *flags, "--resume", "--total_steps", "8", "--lr", "0.004", "--end_lr", "0.004", "--warmup_steps", "1") == "no error"
@@ -1325,6 +1344,9 @@ def test_a_resumed_run_takes_the_new_rates(trained, tmp_path):
     assert sorted({group["lr"] for group in groups}) == [4e-5, 1e-3, 4e-3]    # discriminator, encoder and the rest
     for more, message in ((["--total_steps", "4"], "it is at step 8"), (["--encoder_lr", "0"], "cannot go on like this")):
         assert message in run_inside("train_tokenizer.py", *flags, "--resume", "--total_steps", "9", *more)
+    monkeypatch.setattr(tt, "distill_loss", lambda a, b: a.sum() * math.inf)  # a run that starts over leaves nothing of the old one to resume
+    assert "distill is" in run_inside("train_tokenizer.py", *flags, "--overwrite")
+    assert "nothing to resume" in run_inside("train_tokenizer.py", *flags, "--resume")
 
 
 def test_a_collapsed_codebook_is_called_out(trained, tmp_path, monkeypatch, capsys):

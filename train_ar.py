@@ -21,7 +21,7 @@ makes of one caption in ten. EOI is there for whatever may follow a picture; N i
     <pad> ... USER: z_1 z_2 ... z_N how many rings are there? ASSISTANT: two </s> USER: ... ASSISTANT: ... </s>       phase sft
     <pad> ...       z_1 z_2 ... z_N a red circle </s>                                                                 phase pretrain
 """
-import hashlib, itertools, json, os, sys, time
+import hashlib, itertools, json, os, sys, time, zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -38,7 +38,8 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, logging
 
-from train_tokenizer import VALIDATION, Images, batches, captions, decode, plan, questions, render, shuffled, uniforms
+from train_tokenizer import (COLORS, NUMBERS, PLURAL, SHAPES, VALIDATION, Images, article, batches, captions, decode, plan, render, shuffled,
+                             uniforms)
 from vqrae import (Log, Ranks, UserError, bench, check_finite, check_run, check_same, command_line, explained, full, hub_file, ignore_signals,
                    load_checkpoint, load_teacher, load_tokenizer, lr_factor, next_command, no_autocast, open_run, parse_config, print_config,
                    report, resize, save_checkpoint, split_batch)
@@ -60,8 +61,8 @@ class ARConfig:
     resume: bool = False                  # go on from the last checkpoint
     overwrite: bool = False               # start over although there is a checkpoint
     overwrite_cache: bool = False         # compute the codes of --data again although they are cached
-    device: str = ""                      # cuda, cpu or mps; "": cuda where it is there, else cpu
-    bench: int = 0                        # time that many steps on one batch, and stop; no checkpoint is written
+    device: str = ""                      # cuda, mps or cpu; "": the first of them that is there
+    bench: int = 0                        # time that many steps on one batch, and stop; saves nothing
     profile: bool = False                 # with --bench: torch.profiler's table of where the time goes
     precision: Literal["bf16", "float32", "float64"] = "bf16"  # [T9] autocast; weights and loss stay float32
     compile: bool = False                 # torch.compile: some minutes first, then faster steps on a GPU
@@ -121,8 +122,7 @@ BOI, EOI = "<|vision_start|>", "<|vision_end|>"   # Qwen3's own names; other tex
 PAD, UNKNOWN, END = "<pad>", "<unk>", "</s>"
 IMAGE = -1                                        # stands for one feature of Z_I among the ids
 
-def identity(folder, name="model.safetensors"):
-    """What tells one trained tokenizer from another: a hash of its weights."""
+def identity(folder, name="model.safetensors"):   # what tells one trained tokenizer from another: a hash of its weights
     return hashlib.sha256(np.memmap(Path(folder) / name, mode="r")).hexdigest()[:16]
 
 def word_tokenizer(texts):
@@ -138,13 +138,15 @@ def build_lm(config, texts):
     torch.manual_seed(config.seed)
     if config.lm == "random":
         text_tokenizer = word_tokenizer(texts)
-        strange = set(config.lm_config or {"nothing": 0}) - set(Qwen3Config().to_dict())      # it would take any name in silence
-        if strange: raise UserError(f"--lm random needs --lm_config as JSON of Qwen3Config's values, which has no {', '.join(strange)}")
-        lm = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(text_tokenizer), **config.lm_config))
+        with explained(f"--lm random needs --lm_config, JSON of Qwen3Config's values, not {config.lm_config}"):
+            strange = set(config.lm_config) - set(Qwen3Config().to_dict())    # it would take any name in silence
+            if strange: raise ValueError(f"it has no {', '.join(strange)}")
+            lm = Qwen3ForCausalLM(Qwen3Config(**config.lm_config | dict(vocab_size=len(text_tokenizer))))
         nn.init.normal_(lm.get_input_embeddings().weight)                     # smaller words drown in what their first layer attends to: README
         return lm, text_tokenizer
     if not Path(config.lm).is_dir():                                          # fails within seconds where there is no network
-        hub_file(config.lm, "config.json", f"run `hf download {config.lm}` there, and pass its folder with --lm FOLDER")
+        with explained(f"--lm {config.lm} is neither a folder nor a name on the hub"):
+            hub_file(config.lm, "config.json", f"run `hf download {config.lm}` there, and pass its folder with --lm FOLDER")
     return read_lm(config.lm, f"cannot load the language model {config.lm}")
 
 def read_lm(name, problem, dtype=torch.float32, **how):                       # transformers would keep the saved type, Qwen3's bfloat16
@@ -183,8 +185,7 @@ def layout(text_tokenizer, visual, texts, codes=None):
         rows = [row + picture + [visual["eoi"]] for row, picture in zip(rows, (codes + visual["offset"]).tolist())]
     return pad_left(rows)
 
-def positions_of(mask):
-    """(B, L) -> position of each token in its own text (B, L): padding on the left does not count."""
+def positions_of(mask):                           # (B, L) -> position of each token in its own text (B, L): padding does not count
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 def visual_logits(lm, hidden):                                                # (..., hidden)
@@ -296,11 +297,47 @@ class Conversations(Images):
         return records
 
     def load(self, record, _):
-        return dict(image=square(decode(record["name"].read_bytes()), self.size), turns=record["turns"])
+        return dict(image=square(record["name"], self.size), turns=record["turns"])
 
-def square(image, size):
-    """A PIL image padded with grey to a square, as LLaVA-1.5 has it: nothing is cut off. -> (3, size, size) in [0, 1]."""
-    return TF.to_dtype(TF.pil_to_tensor(ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, color=(127, 127, 127))), scale=True)
+def square(file, size):
+    """An image file, padded with grey to a square, as LLaVA-1.5 has it: nothing is cut off. -> (3, size, size) in [0, 1]."""
+    image = ImageOps.pad(decode(Path(file).read_bytes()), (size, size), Image.Resampling.BICUBIC, color=(127, 127, 127))
+    return TF.to_dtype(TF.pil_to_tensor(image), scale=True)
+
+def questions(index, scene):
+    """Picture numbers (B,) and their Scene -> for each picture its {question: (kind, answer)}, shuffled: of presence and counting one each, of
+    color and position up to two, about different objects. More would answer one another, and a model that reads them need not look. An
+    object's name comes last in every kind: what a small model learns in one, to look for the last word, then serves the others."""
+    out = []
+    facts = zip(uniforms(index, 60)[:, 48:].tolist(), *(t.tolist() for t in (scene.count, scene.shape, scene.color, scene.x, scene.y)))
+    for u, n, shapes, colors, xs, ys in facts:
+        asked, things = {}, [(list(COLORS)[c], SHAPES[s]) for c, s in zip(colors[:n], shapes)]
+        drawn = [shape for _, shape in things]
+        i = int(u[0] * n)
+        j = (i + 1 + int(u[1] * (n - 1))) % n                                 # another one, if there is another
+        color, shape = things[i]
+        if u[2] < 0.5:                                                        # POPE asks half its questions about what is not there,
+            color, shape = list(COLORS)[int(u[3] * 8)], (SHAPES[int(u[4] * 6)] if u[5] < 0.5 else shape)      # half of those with something right
+        asked[f"is there {article(color)} {shape}?"] = "presence", "yes" if (color, shape) in things else "no"
+        if u[6] < 0.4 and len(set(drawn)) == n:                               # else nearly all answers were "one"
+            asked["how many objects are there?"] = "counting", NUMBERS[n]
+        else:
+            shape = drawn[i] if u[6] < 0.8 else SHAPES[int(u[7] * 6)]
+            asked[f"how many {PLURAL[shape]} are there?"] = "counting", NUMBERS[drawn.count(shape)]
+        alone = [o for o in dict.fromkeys((i, j)) if drawn.count(drawn[o]) == 1]       # only their shape tells which is meant
+        for o in alone:
+            asked[f"what color is the {drawn[o]}?"] = "color", things[o][0]
+        dx, dy = xs[i] - xs[j], ys[i] - ys[j]
+        if u[8] < 0.3 and len(alone) == 2 and max(abs(dx), abs(dy)) > 8:
+            across = abs(dx) > abs(dy)
+            asked[f"is the {drawn[i]} {'left or right of' if across else 'above or below'} the {drawn[j]}?"] = (
+                "position", ("left" if dx < 0 else "right") if across else "above" if dy < 0 else "below")
+        else:
+            for o, across in zip(alone, (u[9] < 0.5, u[9] >= 0.5)):
+                asked[f"{'left or right' if across else 'top or bottom'}: where is the {drawn[o]}?"] = (
+                    "position", ("left" if xs[o] < 32 else "right") if across else "top" if ys[o] < 32 else "bottom")
+        out.append(dict(sorted(asked.items(), key=lambda item: zlib.crc32(f"{u[-1]} {item[0]}".encode()))))
+    return out
 
 def shapes_turns(index, size, phase):
     """Picture numbers (B,) -> B pairs of image (3, size, size) and its turns: a caption to pretrain on, else questions of four kinds."""
@@ -316,16 +353,16 @@ def reads(folder, model_config):
     teacher = identity(folder, "teacher.safetensors") if beside else f"{model_config.encoder}, {Path(model_config.encoder_weights).name}"
     return dict(dim=model_config.dim, tokens=model_config.num_tokens, image_size=model_config.image_size, teacher=teacher)
 
-def load_mllm(out_dir, tokenizer_folder, device="cpu"):
+def load_mllm(out_dir, tokenizer_folder, device="cpu", dtype=torch.float32):
     """-> MLLM that `--task understand` made, its text tokenizer, and the VQRAE tokenizer, checked to have begun from the VFM that it learned from."""
     folder, tokenizer = Path(out_dir) / "mllm", load_tokenizer(tokenizer_folder, device)
     if not (folder / "connector.safetensors").is_file():
         raise UserError(f"no trained MLLM in {folder}: python train_ar.py --task understand makes one (--out_dir names the run)")
-    lm, text_tokenizer = read_lm(folder, f"{folder} cannot be read as an MLLM: train it again", local_files_only=True)
+    lm, text_tokenizer = read_lm(folder, f"{folder} cannot be read as an MLLM: train it again", dtype, local_files_only=True)
     check_same(lm.config.understand, reads(tokenizer_folder, tokenizer.config), f"{folder} reads another VFM than {tokenizer_folder} began from")
     net = MLLM(lm, tokenizer.config.dim)
     net.connector.load_state_dict(load_file(folder / "connector.safetensors"))
-    return net.to(device).eval(), text_tokenizer, tokenizer
+    return net.to(device, dtype).eval(), text_tokenizer, tokenizer
 
 # ---- Training. Each task has a network, batches by position, a loss, a validation and files; the loop below is the same.
 class Generate:
@@ -356,7 +393,7 @@ class Generate:
         """-> Iterator over ids and mask (b, T + N + 2)."""
         for part in parts:
             codes, texts = self.fetch(part, val)
-            chance = uniforms(~torch.tensor(part) - (self.config.seed % (1 << 20) << 42), 1)[:, 0]          # by numbers of no picture
+            chance = [torch.rand(1, generator=torch.Generator().manual_seed(self.config.seed * 1_000_003 + p)).item() for p in part]
             texts = [text if val or u >= self.config.caption_drop else "" for text, u in zip(texts, chance)]
             yield layout(self.text_tokenizer, self.visual, texts, codes)
 
@@ -402,7 +439,8 @@ class Understand:
             before = folder / "pretrain.pt"
             if not before.exists(): raise UserError(f"SFT starts from {before}, which is not there: run --phase pretrain first")
             with explained(f"{before} is of another language model than --lm and --lm_config make, or of other texts"):
-                self.net.load_state_dict(load_checkpoint(before)["model"])
+                self.net.load_state_dict((pretrained := load_checkpoint(before))["model"])
+            ranks.say(f"from step {pretrained['step']} in {before}")
         self.lm.requires_grad_(config.phase == "sft")
 
     def collate(self, rows):
@@ -412,7 +450,8 @@ class Understand:
         chats = [(ids[:self.config.max_length], scored[:self.config.max_length]) for ids, scored in chats]
         whole = [i for i, (ids, scored) in enumerate(chats) if ids.count(IMAGE) == self.tokens and any(scored)]     # else cut before image or answer
         if not whole: raise UserError(f"none of these {len(rows)} conversations has image and answer within --max_length {self.config.max_length}")
-        return *pad_left(*zip(*(chats[i] for i in whole))), torch.stack([rows[i]["image"] for i in whole])
+        ids, scored = zip(*(chats[i] for i in whole))
+        return *pad_left(ids, scored), torch.stack([rows[i]["image"] for i in whole])
 
     def stream(self, parts, val=False):
         """-> Iterator over ids, mask, scored (b, L) and images (b, 3, h, w)."""
@@ -472,8 +511,9 @@ def train(config, ranks):
     amp, stop = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"), False
     bar = tqdm(range(first_step, config.total_steps + 1), config.phase or "generator", config.total_steps, initial=first_step, unit="step",
                disable=not ranks.first)                                       # the last round only validates and saves
-    if not config.bench: ranks.catch_stop()
     if config.bench: stream, timed = itertools.repeat(next(stream)), bench(config, ranks, task.net)
+    else: ranks.catch_stop()
+    if config.overwrite and ranks.first and not config.bench: path.unlink(missing_ok=True)            # or --resume would go on from the old run
     for step in bar:
         if config.bench and next(timed): return
         # Once in a while: validate, save.

@@ -42,8 +42,8 @@ class TrainConfig:
     init_from: str = ""                   # a run to take the earlier stages from; "": out_dir; none: stage 2 without stage 1
     resume: bool = False                  # go on from this stage's last checkpoint
     overwrite: bool = False               # start over although this stage has a checkpoint
-    device: str = ""                      # cuda, cpu or mps; "": cuda where it is there, else cpu
-    bench: int = 0                        # time that many steps of stage 1 or 2 on one batch, and stop; no checkpoint is written
+    device: str = ""                      # cuda, mps or cpu; "": the first of them that is there
+    bench: int = 0                        # time that many steps of stage 1 or 2 on one batch, and stop; saves nothing but a missing stage 0
     profile: bool = False                 # with --bench: torch.profiler's table of where the time goes
     precision: Literal["bf16", "float32", "float64"] = "bf16"  # [T7] autocast; losses and code distances stay float32
     loss_precision: Literal["bf16", "float32"] = "float32"  # [TiTok] of the perceptual networks and the discriminator; bf16 is faster on a GPU
@@ -134,8 +134,7 @@ def crop(image, size, u=(0.5, 0.5, 1.0), flip=False):
 def shuffle(n, seed):
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
-def shuffled(position, n, seed):
-    """Which of n images comes at `position`: each once an epoch, in another order in each."""
+def shuffled(position, n, seed):                  # which of n images comes at `position`: each once an epoch, in another order in each
     return int(shuffle(n, seed + position // n)[position % n])
 
 class Images(torch.utils.data.Dataset):
@@ -152,7 +151,6 @@ class Images(torch.utils.data.Dataset):
         return Shards(source, folder) if source.endswith(".tar") else read_folder(source)
 
     def __len__(self): return len(self.chosen)
-
     def record(self, position):
         return self.records[self.chosen[shuffled(position, len(self), self.seed) if self.train else position % len(self)]]
 
@@ -182,8 +180,9 @@ def read_folder(folder):
     captions = {}
     for metadata in folder.rglob("metadata.jsonl"):
         for number, line in enumerate(metadata.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-            with explained(f"{metadata}, line {number}: not JSON with a file_name: {line[:60]!r}; mend or remove that line"):
+            with explained(f"{metadata}, line {number}: not JSON with a file_name and a text: {line[:60]!r}; mend or remove that line"):
                 row = json.loads(line)
+                if not isinstance(row.get("text") or "", str): raise TypeError("text is not a string")
                 captions[metadata.parent / row["file_name"]] = row
     records = []
     for path in files:
@@ -228,7 +227,6 @@ class Shards:
         return np.array(rows, f"u4, u8, u4, u8, u4, S{longest}"), error
 
     def __len__(self): return len(self.rows)
-
     def __getitem__(self, i):
         shard, at, size, text_at, text_size, key = self.rows[i].item()
         path, key = self.paths[shard], key.decode("utf-8", "replace")
@@ -301,16 +299,12 @@ def pretrain(config, model_config, device, path):
 # ---- Stages 1 and 2 -------------------------------------------------------------------------------------------------
 def parameter_groups(model, discriminator, config):
     """Encoder and the rest at their own rates, weight decay on matrices alone; the discriminator at its own, from its start on."""
-    groups = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            decays = p.ndim > 1 and not name.endswith(("pos_embed", "cls_token"))
-            groups.setdefault((name.startswith("encoder."), decays), []).append(p)
-    groups = [dict(params=params, base_lr=config.encoder_lr if of_encoder else config.lr, start=0, weight_decay=config.weight_decay * decays)
-              for (of_encoder, decays), params in groups.items()]
-    if discriminator:
-        groups.append(dict(params=[*discriminator.parameters()], base_lr=config.disc_lr, start=config.disc_start, weight_decay=config.weight_decay))
-    return groups
+    rates, parts = dict(encoder=config.encoder_lr, discriminator=config.disc_lr), [*model.named_children(), ("discriminator", discriminator)]
+    for (part, module), decays in itertools.product(parts, (True, False)):
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad] if module else []
+        params = [p for name, p in named if decays == (p.ndim > 1 and not name.endswith(("pos_embed", "cls_token")))]
+        if params: yield dict(params=params, base_lr=rates.get(part, config.lr), start=config.disc_start if part == "discriminator" else 0,
+                              weight_decay=config.weight_decay * decays)
 
 def starting_point(config, model_config, ranks, resumed):
     """The model with the weights its stage begins from, and the frozen teacher T."""
@@ -319,10 +313,11 @@ def starting_point(config, model_config, ranks, resumed):
     if config.stage == 2 and config.init_from != "none":
         path = run / "stage1.pt"
         if not path.exists():
-            stage1 = next_command("train_tokenizer.py", config, CARRIED)
+            stage1 = next_command("train_tokenizer.py", config, CARRIED, **dict(out_dir=run) if config.init_from else {})
             raise UserError(f"stage 2 starts from {path}, which is not there: run `{stage1}` first, or pass --init_from")
         stage1 = load_checkpoint(path)
         check_same(stage1["model_config"], asdict(model_config), f"{path} is of another model")
+        ranks.say(f"from step {stage1['step']} of {stage1['config']['total_steps']} in {path}")
         model.load_state_dict(stage1["ema"], strict=True)
     elif resumed and config.encoder_lr == 0:
         model.load_state_dict(resumed["model"], strict=True)                  # its encoder has not moved
@@ -333,7 +328,7 @@ def starting_point(config, model_config, ranks, resumed):
             with ranks.first_alone():
                 if not source.exists(): pretrain(config, model_config, ranks.device, source)
             of_encoder = {name: getattr(model_config, name) for name in ("encoder", "encoder_kwargs", "patch_size", "dim")}
-            check_same(load_checkpoint(source).get("model_config", {}), of_encoder, f"{source} is of another encoder")
+            check_same(load_checkpoint(source).get("model_config", {}), of_encoder, f"{source} is of another encoder, choose another --out_dir")
         load_encoder_weights(model.encoder, str(source))
     return model, copy.deepcopy(model.encoder).requires_grad_(False).eval()   # before anything moves
 
@@ -373,8 +368,8 @@ def train(config, model_config, ranks):
     local, micro, accumulate = split_batch(config, ranks)
     size, val_source, split = model_config.image_size, config.val_data or config.data, not config.val_data and config.data != "shapes"
     with ranks.first_alone():
-        data = None if config.data == "shapes" else Images(config.data, size, config.seed, True, config.random_crop, config.random_flip,
-                                                           "train" if split else "all", out)
+        data = None if config.data == "shapes" else Images(config.data, size, config.seed, random_crop=config.random_crop, folder=out,
+                                                           random_flip=config.random_flip, part="train" if split else "all")
         val_data = None if val_source == "shapes" else Images(val_source, size, train=False, part="val" if split else "all", folder=out)
     torch.manual_seed(config.seed)
     model, teacher = starting_point(config, model_config, ranks, resumed)
@@ -393,7 +388,7 @@ def train(config, model_config, ranks):
     model.encoder.vit.set_grad_checkpointing(config.checkpointing and not frozen)
     model.decoder.vit.set_grad_checkpointing(config.checkpointing)
     if config.compile: model.compile()
-    optimizer = torch.optim.AdamW(parameter_groups(model, discriminator, config), betas=(config.beta1, config.beta2), fused=device.type != "mps")
+    optimizer = torch.optim.AdamW([*parameter_groups(model, discriminator, config)], betas=(config.beta1, config.beta2), fused=device.type != "mps")
     parts, first_step = dict(model=model, ema=ema, optimizer=optimizer, discriminator=discriminator), 0
     if resumed:
         first_step = resumed["step"]
@@ -413,8 +408,9 @@ def train(config, model_config, ranks):
                disable=not ranks.first)                                       # the last round only validates and saves
     weights = dict(l2=config.l2_weight, perceptual=config.perceptual_weight, quant=1.0, distill=config.distill_weight, adversarial=config.disc_weight)
     stop, warned, floor = False, False, config.end_lr / config.lr
-    if not config.bench: ranks.catch_stop()
     if config.bench: stream, timed = itertools.repeat(next(stream)), bench(config, ranks, model)
+    else: ranks.catch_stop()
+    if config.overwrite and ranks.first and not config.bench: path.unlink(missing_ok=True)            # or --resume would go on from the old run
 
     for step in bar:
         if config.bench and next(timed): return
@@ -468,11 +464,11 @@ def train(config, model_config, ranks):
                 discriminator.means.lerp_(torch.stack([real_mean, fake_mean]).detach(), 0.001)
             for name, term in dict(terms, loss=loss).items():
                 sums[name] = sums.get(name, 0) + full(term.detach()) / accumulate
-            if indices is not None:                                           # bincount would wait for the GPU
-                counts.index_add_(0, indices.flatten(), torch.ones(indices.numel(), device=device))
+            if indices is not None: counts.index_add_(0, indices.flatten(), torch.ones(indices.numel(), device=device))  # bincount waits for the GPU
         sums |= dict(grad_norm=nn.utils.clip_grad_norm_(model.parameters(), config.clip), stop=X.new_tensor(ranks.stop_asked))
         if adversarial: sums["disc_grad_norm"] = nn.utils.clip_grad_norm_(discriminator.parameters(), config.clip)
-        sums = dict(zip(sums, (ranks.sum(torch.stack([*sums.values()])) / ranks.size).tolist()))       # the step's one wait for the GPU
+        means = ranks.sum(torch.stack([*sums.values()])) / ranks.size
+        sums = dict(zip(sums, means.tolist()))                                # the step's one wait for the GPU
         check_finite(sums, step)
         stop = sums.pop("stop") > 0                                           # asked of any rank: all save the same step
         optimizer.step()
@@ -514,6 +510,7 @@ def main():
     if ranks.first: print_config(origin, config, model_config)
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
     if config.stage > 0: return train(config, model_config, ranks)
+    if config.bench: raise UserError("--bench times stages 1 and 2")
     if model_config.encoder_weights != "stage0":
         raise UserError(f"--config {config.config} has a pretrained encoder: stage 0 is for encoder_weights stage0, the tiny config's")
     path = Path(config.out_dir) / "stage0.pt"
@@ -597,41 +594,6 @@ def captions(scene):
                    " and ".join(filter(None, (", ".join(things[:-1]), things[-1]))))
     return out
 
-def questions(index, scene):
-    """Picture numbers (B,) and their Scene -> for each picture its {question: (kind, answer)}, shuffled: of presence and counting one each, of
-    color and position up to two, about different objects. More would answer one another, and a model that reads them need not look. An
-    object's name comes last in every kind: what a small model learns in one, to look for the last word, then serves the others."""
-    out = []
-    facts = zip(uniforms(index, 60)[:, 48:].tolist(), *(t.tolist() for t in (scene.count, scene.shape, scene.color, scene.x, scene.y)))
-    for u, n, shapes, colors, xs, ys in facts:
-        asked, things = {}, [(list(COLORS)[c], SHAPES[s]) for c, s in zip(colors[:n], shapes)]
-        drawn = [shape for _, shape in things]
-        i = int(u[0] * n)
-        j = (i + 1 + int(u[1] * (n - 1))) % n                                 # another one, if there is another
-        color, shape = things[i]
-        if u[2] < 0.5:                                                        # POPE asks half its questions about what is not there,
-            color, shape = list(COLORS)[int(u[3] * 8)], (SHAPES[int(u[4] * 6)] if u[5] < 0.5 else shape)      # half of those with something right
-        asked[f"is there {article(color)} {shape}?"] = "presence", "yes" if (color, shape) in things else "no"
-        if u[6] < 0.4 and len(set(drawn)) == n:                               # else nearly all answers were "one"
-            asked["how many objects are there?"] = "counting", NUMBERS[n]
-        else:
-            shape = drawn[i] if u[6] < 0.8 else SHAPES[int(u[7] * 6)]
-            asked[f"how many {PLURAL[shape]} are there?"] = "counting", NUMBERS[drawn.count(shape)]
-        alone = [o for o in dict.fromkeys((i, j)) if drawn.count(drawn[o]) == 1]       # only their shape tells which is meant
-        for o in alone:
-            asked[f"what color is the {drawn[o]}?"] = "color", things[o][0]
-        dx, dy = xs[i] - xs[j], ys[i] - ys[j]
-        if u[8] < 0.3 and len(alone) == 2 and max(abs(dx), abs(dy)) > 8:
-            across = abs(dx) > abs(dy)
-            asked[f"is the {drawn[i]} {'left or right of' if across else 'above or below'} the {drawn[j]}?"] = (
-                "position", ("left" if dx < 0 else "right") if across else "above" if dy < 0 else "below")
-        else:
-            for o, across in zip(alone, (u[9] < 0.5, u[9] >= 0.5)):
-                asked[f"{'left or right' if across else 'top or bottom'}: where is the {drawn[o]}?"] = (
-                    "position", ("left" if xs[o] < 32 else "right") if across else "top" if ys[o] < 32 else "bottom")
-        out.append(dict(sorted(asked.items(), key=lambda item: zlib.crc32(f"{u[-1]} {item[0]}".encode()))))
-    return out
-
 def draw_atlas(side=64):
     """(6, 1, side, side): how far inside each shape's outline a point lies, in radii; negative outside."""
     y, x = torch.meshgrid(*[torch.linspace(-EXTENT, EXTENT, side)] * 2, indexing="ij")
@@ -679,7 +641,7 @@ def segments(scene, grid):
     """What is where in the 4 x 4 cells of every patch: shape and color, (B, grid * grid, 16) each, 0 for background, else index + 1; and
     the middle of the cell's object, (B, grid * grid, 16, 2) in [-1, 1]."""
     cells = F.interpolate(draw_layers(scene)[:, :4], size=4 * grid, mode="area")                              # (B, 4, 4 grid, 4 grid)
-    cover, who = cells.unflatten(3, (grid, 4)).unflatten(2, (grid, 4)).transpose(3, 4).flatten(4).flatten(2, 3).max(1)    # (B, N, 16)
+    cover, who = F.unfold(cells, 4, stride=4).unflatten(1, (4, 16)).transpose(2, 3).max(1)                    # (B, N, 16)
     shape, color, x, y = (what.gather(1, who.flatten(1)).view_as(who) for what in (scene.shape, scene.color, scene.x, scene.y))
     return [*(torch.where(cover > 0.5, what + 1, 0) for what in (shape, color)), torch.stack([x, y], -1) / 32 - 1]
 

@@ -13,6 +13,7 @@ VQRAE: one tokenizer, two outputs. (CVPR 2026, "Representation Quantization Auto
          |      Decoder D: the same ViT at patch size 1, then Linear d -> 3 q q   VQRAEConfig.q = p keeps the resolution
      X' (B, 3, hq/p, wq/p)                     <------------  VQRAE.detokenize(indices)
 
+VQRAEConfig names the sizes: p patch_size, d dim, k codebook_size, e codebook_dim, q, beta; TrainConfig lambda_G disc_weight, lambda_d distill_weight.
 Losses: L_quant (eq. 3): SimVQ; L_P (eq. 2): PerceptualLoss; L_G (eq. 2): Discriminator, hinge_d_loss, lecam; L_distill (eq. 5): distill_loss.
 """
 import argparse, contextlib, dataclasses, datetime, inspect, io, json, math, os, re, shlex, shutil, signal, sys, time, urllib.request, warnings
@@ -45,7 +46,7 @@ def explained(message, *kinds):
 
 def check_least(config, **least):                                             # {name of a field: the least value it may have}
     for name, low in least.items():
-        if getattr(config, name) < low: raise UserError(f"--{name} is at least {low}, not {getattr(config, name)}")
+        if not getattr(config, name) >= low: raise UserError(f"--{name} is at least {low}, not {getattr(config, name)}")
 
 # ---- Configuration --------------------------------------------------------------------------------------------------
 @dataclass
@@ -165,23 +166,21 @@ def load_encoder_weights(encoder, source):
         vit.load_state_dict(state, strict=True)
 
 # ---- Quantiser ------------------------------------------------------------------------------------------------------
-def full(x):
-    """Out of autocast's bfloat16: float32, or float64 where everything is."""
+def full(x):                                      # out of autocast's bfloat16: float32, or float64 where everything is
     return x if x.dtype == torch.float64 else x.float()
 
 def no_autocast(x):
     return contextlib.nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
 
-def has_bf16(device):
-    """Does this device multiply bfloat16 matrices faster than float32 ones?"""
+def has_bf16(device):                             # does it multiply bfloat16 matrices faster than float32 ones?
     if device.type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 @torch.no_grad()
 def nearest(z, codes, max_elements=1 << 23, candidates=6):
-    """Index of the nearest row (l2) of codes (k, e) for each of z (M, e) -> (M,): the least |c - m|^2 / 2 - (z - m).c, which is half of
-    |z - c|^2 but for terms that all codes share; m, the mean code, keeps the numbers small. In slices of rows: of the M x k distances at
-    most 32 MB in float32 exist at once. A large codebook's products are in bfloat16 where that is fast; float32 decides among the best."""
+    """Index of the nearest row (l2) of codes (k, e) for each of z (M, e) -> (M,): the least |c - m|^2 / 2 - (z - m).c, with m the mean code: half
+    of |z - c|^2 but for what all codes share. Of the M x k distances at most `max_elements` exist at once (32 MB in float32). A large
+    codebook's products are in bfloat16 where that is fast; float32 decides among the best `candidates`."""
     mean, found = codes.mean(0), []
     half = torch.cat([(some - mean).square().sum(1) for some in codes.split(1024)]) / 2            # (k,); no copy of all of the codes
     in_bf16 = z.dtype == torch.float32 and codes.numel() >= 1 << 22 and has_bf16(z.device)
@@ -282,17 +281,16 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
 
     @torch.no_grad()
     def start_on(self, Z_I, pixels):                                          # M patches: features (M, d), pixels (M, 3, p p)
-        """Start the bottleneck on data. to_code: the linear map (ridge regression) from a patch's features to its pixels, in their
-        principal components, so that near in the code space means alike to the eye, at a standard deviation of 0.3: L_quant grows with
-        its square, and at 1 drowns the other losses. The codes: k means of 16 k such latents, drawn by their detail; otherwise flat
-        backgrounds take most. Measured: README, "Bottleneck start"."""
+        """Start the bottleneck on data. to_code: ridge regression from a patch's features to its pixels, in their principal components, so that
+        near in the code space is alike to the eye; standard deviation 0.3, for L_quant grows with its square, and at 1 drowns the other losses.
+        Codes: k means of 16 k such latents, drawn by their detail, or flat backgrounds take most. Measured: README, "Bottleneck start"."""
         norm, linear = self.to_code
         x, y = norm(Z_I), pixels.flatten(1)                                   # (M, d), (M, 3 p p)
         mean = x.mean(0)
         x = x - mean
         A = torch.linalg.solve(x.T @ x + 1e-3 * len(x) * torch.eye(x.shape[1], device=x.device), x.T @ (y - y.mean(0)))       # (d, 3 p p)
         y_hat = x @ A                                                         # (M, 3 p p)
-        axes = torch.linalg.eigh(y_hat.T @ y_hat).eigenvectors.flip(1)        # (3 p p, 3 p p), the largest first
+        axes = torch.linalg.eigh((y_hat.T @ y_hat).cpu()).eigenvectors.flip(1).to(x)          # (3 p p, 3 p p), the largest first; mps lacks it
         A = (A @ axes * (0.3 / y_hat.std()))[:, :len(linear.weight)]          # (d, n), n = min(e, 3 p p)
         linear.weight.mul_(0.1)[:A.shape[1]] = A.T                            # dimensions beyond n stay small and random
         linear.bias.zero_()[:A.shape[1]] = -mean @ A
@@ -366,7 +364,7 @@ class Discriminator(nn.Module):
     """A patch discriminator in TiTok's shape: images (B, 3, H, W) in [0, 1] -> logits (B, 1, 16, 16). PyTorch's initialisation."""
     def __init__(self, width=128):                                            # TiTok's; smaller for tiny
         super().__init__()
-        widths = (width, width, 2 * width, 4 * width)
+        widths = (width, width, 2 * width, 4 * width)                         # 32 groups a norm, fewer where it is narrow
         self.stem = nn.Conv2d(3, width, 5, padding="same")
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding="same") for a, b in zip(widths, widths[1:]))
         self.norms = nn.ModuleList(nn.GroupNorm(math.gcd(b, max(1, min(32, b // 4))), b) for b in widths[1:])
@@ -418,7 +416,7 @@ def save_tokenizer(model, folder, teacher=None):
 def load_tokenizer(folder, device="cpu"):
     """A saved tokenizer, in eval mode. Downloads nothing."""
     if not all(Path(folder, name).is_file() for name in ("config.json", "model.safetensors")):
-        raise UserError(f"{folder} is not a tokenizer folder (config.json and model.safetensors): python train_tokenizer.py makes out/tiny/tokenizer")
+        raise UserError(f"{folder} is not a tokenizer folder (config.json, model.safetensors): train_tokenizer.py makes one, same --config")
     with explained(f"{folder} cannot be read as a tokenizer"), contextlib.redirect_stdout(io.StringIO()):      # the mixin announces what it does
         return VQRAE.from_pretrained(str(folder), strict=True).to(device).eval()
 
@@ -503,7 +501,7 @@ class Ranks:
     def __init__(self, device=""):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.first, self.stop_asked = self.rank == 0, False
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
         if device == "cuda": device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         with explained(f"--device {device} cannot be used here"):
             self.device = torch.empty(1, device=device).device
@@ -585,7 +583,9 @@ def bench(config, ranks, network):
 def check_run(config, **least):                                               # what any training run's flags have to keep to, and `least`
     config.out_dir = config.out_dir or f"out/{config.config}"
     check_least(config, batch_size=1, total_steps=1, log_every=1, eval_every=1, save_every=1, val_images=1, lr=1e-12, end_lr=0, micro_batch=0,
-                num_workers=0, warmup_steps=0, bench=0, **least)
+                num_workers=0, warmup_steps=0, bench=0, weight_decay=0, **least)
+    if not (0 <= config.beta1 < 1 and 0 <= config.beta2 < 1): raise UserError(f"--beta1 {config.beta1}, --beta2 {config.beta2}: from 0 to below 1")
+    if config.profile and not config.bench: raise UserError("--profile goes with --bench N")
     if config.resume and config.overwrite: raise UserError("--resume goes on and --overwrite starts over: choose one")
     if config.bench: config.total_steps = config.eval_every = config.save_every = config.bench + 4        # nothing else falls due before its end
 
