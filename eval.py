@@ -44,6 +44,7 @@ class EvalConfig:
     curves: bool = False                  # instead: draw loss, PSNR and codebook usage from out_dir's logs
     guidance: float = SampleConfig.guidance  # of its pictures, see sample.py, whose presets hold here too
     temperature: float = SampleConfig.temperature  # of its pictures
+    top_p: float = SampleConfig.top_p     # of its pictures
 
     def __post_init__(self):
         self.out_dir = self.out_dir or f"out/{self.config}"
@@ -258,9 +259,10 @@ def generation(folder, config, ranks):
     number = torch.arange(config.num_images)
     scene = plan(number + 3 * VALIDATION, task=number % 6)
     prompts, drawn, rebuilt = captions(scene), [], []
+    how = {name: getattr(config, name) for name in ("guidance", "temperature", "top_p")}
     with tqdm(total=len(number) * lm.config.visual["tokens"], desc="sampling", unit="code") as bar:
         for part in number.split(config.batch_size):
-            codes = generate(lm, text_tokenizer, [prompts[i] for i in part], part.tolist(), config.guidance, config.temperature, bar=bar)
+            codes = generate(lm, text_tokenizer, [prompts[i] for i in part], part.tolist(), **how, bar=bar)
             drawn.append(tokenizer.detokenize(codes).clamp(0, 1).cpu())
             rebuilt.append(tokenizer(render(Scene(*(values[part] for values in scene))).to(ranks.device)).reconstruction.clamp(0, 1).cpu())
     drawn = torch.cat(drawn)
@@ -273,9 +275,8 @@ def generation(folder, config, ranks):
         out[name] = scores | dict(overall=sum(scores.values()) / 6, held_out_pairs=right[novel].mean().item() if novel.any() else None)
     shown = drawn[:min(60, len(drawn) // 6 * 6)].unflatten(0, (-1, 6)).transpose(0, 1)                    # (6, n, 3, 64, 64): a row a task
     save_image(make_grid(shown.flatten(0, 1), nrow=shown.shape[1]), Path(config.out_dir) / "geneval.png")
-    protocol = (f"{len(number)} validation prompts, a sixth each; guidance {config.guidance}, temperature {config.temperature}; {int(novel.sum())} "
-                f"name a pair of shape and colour never trained on, and are scored apart; pictures in {config.out_dir}/geneval.png, a row a task")
-    return out | dict(geneval_protocol=protocol)
+    return out | dict(geneval_protocol=f"{len(number)} validation prompts, a sixth each; {', '.join(f'{name} {x}' for name, x in how.items())}; "
+                      f"{int(novel.sum())} name a pair of shape and colour never trained on, and are scored apart; pictures in geneval.png, a row a task")
 
 # ---- Understanding: the shapes world's questions, asked of an MLLM that reads the teacher's features or, untrained, another encoder's
 @torch.no_grad()
@@ -304,8 +305,7 @@ def vqa(folder, config, ranks):
         both, true, claimed = yes.count((True, True)), sum(a for a, _ in yes), sum(b for _, b in yes)
         result[f"pope_{name}"] = dict(accuracy=sum(a == b for a, b in yes) / len(yes), precision=both / max(1, claimed),
                                       recall=both / max(1, true), f1=2 * both / max(1, true + claimed))
-    protocol = f"{len(rows)} questions about {len(index)} validation pictures, each asked alone; an answer is right if it is the same text"
-    return result | dict(protocol=protocol)
+    return result | dict(protocol=f"{len(rows)} questions about {len(index)} validation pictures, each asked alone; right is the same text")
 
 # ---- The command line
 def evaluate(folder, config, ranks):

@@ -3,7 +3,6 @@ Train a language model on the tokenizer's two outputs: to write pictures in code
 
     python train_ar.py                              tiny: a small random Qwen3 on drawn shapes, after train_tokenizer.py. CPU
     torchrun --nproc_per_node=8 train_ar.py --config internvit_448 --data 'FOLDER or shards-{000..127}.tar' --micro_batch 8
-    ... --lm FOLDER                                 a local copy of Qwen3-0.6B
     ... --resume                                    go on after a stop (bit for bit on a CPU)
     python train_ar.py --task understand            tiny: answer questions about drawn shapes; both phases
     torchrun --nproc_per_node=8 train_ar.py --config siglip2_256 --task understand --phase pretrain --data blip_laion_cc_sbu_558k.json --images DIR
@@ -14,8 +13,8 @@ Train a language model on the tokenizer's two outputs: to write pictures in code
                      caption       BOI               row by row       EOI
                                    |------ predict ------|           the loss is on v_1 ... v_N alone
 
-Without a caption a sequence begins at BOI: that is the unconditional prompt of classifier-free guidance, which training
-makes of one caption in ten. EOI is there for whatever may follow a picture; N is fixed, so nothing has to predict it.
+Without a caption a sequence begins at BOI: the unconditional prompt of classifier-free guidance, which training makes of one caption in ten.
+EOI is there for whatever may follow a picture; N is fixed, so nothing has to predict it.
 
 --task understand. LLaVA-1.5's layout: N features Z_I, through a connector, in the place of <image>; the loss is on the answers:
     <pad> ... USER: z_1 z_2 ... z_N how many rings are there? ASSISTANT: two </s> USER: ... ASSISTANT: ... </s>       phase sft
@@ -99,18 +98,19 @@ class ARConfig:
         if not 0 <= self.caption_drop <= 1: raise UserError(f"--caption_drop is a share between 0 and 1, not {self.caption_drop}")
         if self.phase and self.task == "generate": raise UserError(f"--phase {self.phase} is of --task understand")
 
+TINY_LM = dict(hidden_size=128, num_hidden_layers=4, intermediate_size=256, num_attention_heads=4, num_key_value_heads=4, head_dim=32,
+               initializer_range=0.06, rope_parameters=dict(rope_type="default", rope_theta=1000.0))                                  # [ours]
 PRESETS = {
     # [T8] Understanding, the LLaVA-1.5 recipe: an epoch of 595 thousand captions, then of 665 thousand conversations; warmup is 3% of the steps.
     "task understand": dict(lm="lmsys/vicuna-7b-v1.5", end_lr=0.0, eps=1e-8, max_length=2048),
     "phase pretrain": dict(lr=1e-3, total_steps=2325, warmup_steps=70, batch_size=256),
     "phase sft": dict(lr=2e-5, total_steps=5195, warmup_steps=156, batch_size=128),
     "config siglip2_base_256, task generate": dict(batch_size=128, micro_batch=16),                                                   # [ours]
-    "config tiny": dict(lm="random", max_length=128, precision="float32", batch_size=16, num_workers=0, total_steps=3300, lr=4e-3,    # [ours]
-                        end_lr=1e-4, warmup_steps=50, log_every=20, eval_every=1000, save_every=1000, lm_config=dict(
-                            hidden_size=128, num_hidden_layers=4, intermediate_size=384, num_attention_heads=4, num_key_value_heads=4, head_dim=32,
-                            rope_parameters=dict(rope_type="default", rope_theta=1000.0), initializer_range=0.06)),
-    "config tiny, phase pretrain": dict(total_steps=60, warmup_steps=10, lr=3e-4, max_length=192),                                    # [ours]
-    "config tiny, phase sft": dict(total_steps=1900, lr=1.5e-3, max_length=192),                                                      # [ours]
+    "config tiny": dict(lm="random", max_length=128, precision="float32", batch_size=16, num_workers=0, total_steps=2800, lr=4e-3,    # [ours]
+                        end_lr=1e-4, weight_decay=0.1, warmup_steps=50, log_every=20, eval_every=1000, save_every=1000, lm_config=TINY_LM),
+    "config tiny, task understand": dict(max_length=192, weight_decay=0.05, lm_config=TINY_LM | dict(intermediate_size=384)),         # [ours]
+    "config tiny, phase pretrain": dict(total_steps=60, warmup_steps=10, lr=3e-4),                                                    # [ours]
+    "config tiny, phase sft": dict(total_steps=1800, lr=1.5e-3),                                                                      # [ours]
 }
 
 SHARED = {"config", "out_dir", "device", "tokenizer"}                         # flags that the next command takes over,
@@ -209,8 +209,7 @@ def load_generator(out_dir, tokenizer_folder="", device="cpu", dtype=torch.float
     folder, tokenizer_folder = Path(out_dir) / "ar", Path(tokenizer_folder or f"{out_dir}/tokenizer")
     if not (folder / "config.json").is_file(): raise UserError(f"no generator in {folder}: python train_ar.py makes one (--out_dir names the run)")
     tokenizer = load_tokenizer(tokenizer_folder, device)
-    problem = f"{folder} cannot be read as a generator: python train_ar.py --resume writes it anew from state.pt"
-    lm, text_tokenizer = read_lm(folder, problem, dtype, local_files_only=True)
+    lm, text_tokenizer = read_lm(folder, f"{folder} cannot be read as a generator: train_ar.py --resume writes it anew", dtype, local_files_only=True)
     check_same(lm.config.visual, dict(tokenizer=identity(tokenizer_folder)), f"{folder} learned other codes: pass their --tokenizer or train it anew")
     return lm.to(device).eval(), text_tokenizer, tokenizer
 
