@@ -315,7 +315,7 @@ def distill_loss(Z_I, teacher_Z_I):
 def torchvision_weights(path, url, flag):
     """A torchvision model's state dict: from the file `path`, else from the download's cache, else downloaded."""
     with explained(f"cannot download {url}: fetch it where there is a network and pass {flag} FILE, or train with --perceptual vfm", OSError):
-        return load_checkpoint(path) if path else torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False)
+        return load_checkpoint(path) if path else torch.hub.load_state_dict_from_url(url, map_location="cpu")
 
 def build_lpips(weights=""):
     """LPIPS(VGG16). The lpips package carries its five linear layers; VGG16 is torchvision's, downloaded or a local file."""
