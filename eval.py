@@ -276,7 +276,7 @@ def generation(folder, config, ranks):
     shown = drawn[:min(60, len(drawn) // 6 * 6)].unflatten(0, (-1, 6)).transpose(0, 1)                    # (6, n, 3, 64, 64): a row a task
     save_image(make_grid(shown.flatten(0, 1), nrow=shown.shape[1]), Path(config.out_dir) / "geneval.png")
     return out | dict(geneval_protocol=f"{len(number)} validation prompts, a sixth each; {', '.join(f'{name} {x}' for name, x in how.items())}; "
-                      f"{int(novel.sum())} name a pair of shape and colour never trained on, and are scored apart; pictures in geneval.png, a row a task")
+                      f"{int(novel.sum())} name a pair of shape and colour never trained on, scored apart; pictures: geneval.png, a row a task")
 
 # ---- Understanding: the shapes world's questions, asked of an MLLM that reads the teacher's features or, untrained, another encoder's
 @torch.no_grad()

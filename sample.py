@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import StaticCache, TopKLogitsWarper, TopPLogitsWarper
 
 from train_ar import chat, layout, load_generator, load_mllm, pad_left, positions_of, square, visual_logits
-from vqrae import Ranks, UserError, check_least, command_line, explained, full, parse_config, print_config, resize
+from vqrae import Ranks, UserError, check_least, command_line, explained, full, parse_config, print_config, resize, uniform
 
 @dataclass
 class SampleConfig:
@@ -100,7 +100,7 @@ def generate(lm, text_tokenizer, prompts, seeds, guidance=1.0, temperature=1.0, 
     check_options(guidance, temperature, top_k, top_p)
     visual, device, B = lm.config.visual, lm.device, len(prompts)
     N, guided = visual["tokens"], guidance != 1
-    chance = torch.stack([torch.rand(N, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(device)   # (B, N): the only randomness
+    chance = torch.stack([uniform(seed, N) for seed in seeds]).to(device)     # (B, N): the only randomness
     ids, mask = layout(text_tokenizer, visual, [*prompts, *[""] * B] if guided else list(prompts))
     ids, mask = (F.pad(t, (max(0, width + 1 - t.shape[1]), 0)).to(device) for t in (ids, mask))
     R, T = ids.shape                                                          # R = 2 B when guided: c above u

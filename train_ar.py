@@ -41,7 +41,7 @@ from train_tokenizer import (COLORS, NUMBERS, PLURAL, SHAPES, VALIDATION, Images
                              uniforms)
 from vqrae import (Log, Ranks, UserError, bench, check_finite, check_run, check_same, command_line, explained, full, hub_file, ignore_signals,
                    load_checkpoint, load_teacher, load_tokenizer, lr_factor, next_command, no_autocast, open_run, parse_config, print_config,
-                   report, resize, save_checkpoint, split_batch)
+                   report, resize, save_checkpoint, split_batch, uniform)
 
 logging.set_verbosity_error()                     # transformers' own
 logging.disable_progress_bar()
@@ -390,11 +390,10 @@ class Generate:
 
     def stream(self, parts, val=False):
         """-> Iterator over ids and mask (b, T + N + 2)."""
+        dropped = lambda p: not val and uniform(self.config.seed * 1_000_003 + p, 1).item() < self.config.caption_drop
         for part in parts:
             codes, texts = self.fetch(part, val)
-            chance = [torch.rand(1, generator=torch.Generator().manual_seed(self.config.seed * 1_000_003 + p)).item() for p in part]
-            texts = [text if val or u >= self.config.caption_drop else "" for text, u in zip(texts, chance)]
-            yield layout(self.text_tokenizer, self.visual, texts, codes)
+            yield layout(self.text_tokenizer, self.visual, ["" if dropped(p) else text for p, text in zip(part, texts)], codes)
 
     def loss(self, net, ids, mask):
         """Mean cross-entropy (nats) of the N visual tokens of each layout; -> scalar, float32."""
@@ -511,8 +510,7 @@ def train(config, ranks):
     bar = tqdm(range(first_step, config.total_steps + 1), config.phase or "generator", config.total_steps, initial=first_step, unit="step",
                disable=not ranks.first)                                       # the last round only validates and saves
     if config.bench: stream, timed = itertools.repeat(next(stream)), bench(config, ranks, task.net)
-    else: ranks.catch_stop()
-    if config.overwrite and ranks.first and not config.bench: path.unlink(missing_ok=True)            # or --resume would go on from the old run
+    else: ranks.begin(path if config.overwrite else None)
     for step in bar:
         if config.bench and next(timed): return
         # Once in a while: validate, save.

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from vqrae import (MODELS, VQRAE, Discriminator, Encoder, Log, PerceptualLoss, Ranks, UserError, VQRAEConfig, bench, check_finite, check_run,
                    check_same, code_usage, command_line, distill_loss, explained, full, hinge_d_loss, ignore_signals, lecam, load_checkpoint,
                    load_encoder_weights, lr_factor, next_command, open_run, parse_config, print_config, psnr, report, resize, save_checkpoint,
-                   save_tokenizer, split_batch)
+                   save_tokenizer, split_batch, uniform)
 
 # ---- Configuration. Defaults: stage 1 of SigLIP2-so400m 256. Sources: [T7] the paper's Table 7, [TiTok] inherited from the code it adapts, [ours].
 @dataclass
@@ -160,7 +160,7 @@ class Images(torch.utils.data.Dataset):
         return dict(image=image, text=text.strip(), label=record["label"], name=record["name"])
 
     def __getitem__(self, position):
-        u, skipped = torch.rand(3, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + position)).tolist(), []
+        u, skipped = uniform(self.seed * 1_000_003 + position, 3).tolist(), []
         for record in map(self.record, range(position, position + len(self))):       # an unreadable image's place goes to the next
             try:
                 return self.load(record, u) | dict(skipped="\n".join(skipped))
@@ -409,8 +409,7 @@ def train(config, model_config, ranks):
     weights = dict(l2=config.l2_weight, perceptual=config.perceptual_weight, quant=1.0, distill=config.distill_weight, adversarial=config.disc_weight)
     stop, warned, floor = False, False, config.end_lr / config.lr
     if config.bench: stream, timed = itertools.repeat(next(stream)), bench(config, ranks, model)
-    else: ranks.catch_stop()
-    if config.overwrite and ranks.first and not config.bench: path.unlink(missing_ok=True)            # or --resume would go on from the old run
+    else: ranks.begin(path if config.overwrite else None)
 
     for step in bar:
         if config.bench and next(timed): return

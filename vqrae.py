@@ -364,10 +364,10 @@ class Discriminator(nn.Module):
     """A patch discriminator in TiTok's shape: images (B, 3, H, W) in [0, 1] -> logits (B, 1, 16, 16). PyTorch's initialisation."""
     def __init__(self, width=128):                                            # TiTok's; smaller for tiny
         super().__init__()
-        widths = (width, width, 2 * width, 4 * width)                         # 32 groups a norm, fewer where it is narrow
+        widths = (width, width, 2 * width, 4 * width)
         self.stem = nn.Conv2d(3, width, 5, padding="same")
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding="same") for a, b in zip(widths, widths[1:]))
-        self.norms = nn.ModuleList(nn.GroupNorm(math.gcd(b, max(1, min(32, b // 4))), b) for b in widths[1:])
+        self.norms = nn.ModuleList(nn.GroupNorm(math.gcd(b, max(1, min(32, b // 4))), b) for b in widths[1:])   # 32 groups, fewer if narrow
         self.head = nn.Sequential(nn.Conv2d(widths[-1], widths[-1], 1), nn.LeakyReLU(0.1), nn.Conv2d(widths[-1], 1, 5, padding="same"))
         kernel = torch.tensor([1., 3., 3., 1.]) / 8
         self.register_buffer("blur", (kernel[:, None] * kernel).view(1, 1, 4, 4), persistent=False)
@@ -453,6 +453,8 @@ def resize(images, size, limit=True):
     images = F.interpolate(images, size=size, mode="bicubic", antialias=True)
     return images.clamp(0, 1) if limit else images
 
+def uniform(seed, n): return torch.rand(n, generator=torch.Generator().manual_seed(seed))              # n numbers in [0, 1), the same for a seed
+
 def lr_factor(step, warmup, total, floor):
     """Linear warmup to 1, cosine to `floor`; a floor above 1 counts as 1: no rate rises again."""
     progress, floor = min(1.0, (step - warmup) / max(1, total - warmup)), min(1.0, floor)
@@ -510,8 +512,9 @@ class Ranks:
         if "RANK" in os.environ and not dist.is_initialized():                # hours: rank 0 validates and saves alone
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))
 
-    def catch_stop(self):
-        """From now on SIGTERM and Ctrl-C ask for a stop between two steps; a second one stops at once."""
+    def begin(self, old=None):                                                # old: a checkpoint that --resume would else go on from
+        """From now on SIGTERM and Ctrl-C ask for a stop between two steps; a second one stops at once. `old` is removed."""
+        if old and self.first: old.unlink(missing_ok=True)
         def ask(number, _):
             self.stop_asked = True
             signal.signal(number, signal.SIG_DFL)
