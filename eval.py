@@ -161,8 +161,7 @@ def semantics(model, teacher, dataset, total, config, device):
         result = model(images)
         found = dict(features=result.Z_I, teacher=teacher and teacher(images), tokens=model.quantizer and model.quantizer.lookup(result.indices))
         for name, z in found.items():
-            if z is not None:
-                rows.setdefault(name, []).append(z.mean(1).float().cpu())     # (B, N, d) -> (B, d)
+            if z is not None: rows.setdefault(name, []).append(z.mean(1).float().cpu())                        # (B, N, d) -> (B, d)
         labels += batch["label"]
         small += [resize(images, 64).cpu()] * (len(labels) <= 4096 + len(images))
     rows = {name: torch.cat(z) for name, z in rows.items()}                   # (total, d)
@@ -242,12 +241,10 @@ def fulfilled(images, scene, least=6.0):
     for things, task, n, relation, shapes, colors in zip(found, *(t.tolist() for t in scene[:5])):
         colored = TASKS[task] in COLORED
         places = [[(x, y) for s, c, x, y in things if s == shape and (c == color or not colored)] for shape, color in zip(shapes[:n], colors)]
-        if TASKS[task] == "counting":
-            right.append(len(places[0]) == n)
+        if TASKS[task] == "counting": right.append(len(places[0]) == n)
         elif TASKS[task] == "position":
             right.append(any((b[0] - a[0], a[0] - b[0], b[1] - a[1], a[1] - b[1])[relation] > least for a in places[0] for b in places[1]))
-        else:
-            right.append(all(places))
+        else: right.append(all(places))
     return torch.tensor(right)
 
 @torch.no_grad()

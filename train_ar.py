@@ -17,10 +17,10 @@ Without a caption a sequence begins at BOI: the unconditional prompt of classifi
 EOI is there for whatever may follow a picture; N is fixed, so nothing has to predict it.
 
 --task understand. LLaVA-1.5's layout: N features Z_I, through a connector, in the place of <image>; the loss is on the answers:
-    <pad> ... USER: z_1 z_2 ... z_N how many rings are there? ASSISTANT: two </s> USER: ... ASSISTANT: ... </s>       phase sft
-    <pad> ...       z_1 z_2 ... z_N a red circle </s>                                                                 phase pretrain
+    USER: z_1 z_2 ... z_N how many rings are there? ASSISTANT: two </s> USER: ... ASSISTANT: ... </s> <pad> ...       phase sft
+          z_1 z_2 ... z_N a red circle </s> <pad> ...                                                                 phase pretrain
 """
-import hashlib, itertools, json, os, sys, time, zlib
+import contextlib, functools, hashlib, itertools, json, os, sys, time, zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -39,9 +39,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from train_tokenizer import (COLORS, NUMBERS, PLURAL, SHAPES, VALIDATION, Images, article, batches, captions, decode, plan, render, shuffled,
                              uniforms)
-from vqrae import (Log, Ranks, UserError, bench, check_finite, check_run, check_same, command_line, explained, full, hub_file, ignore_signals,
-                   load_checkpoint, load_teacher, load_tokenizer, lr_factor, next_command, no_autocast, open_run, parse_config, print_config,
-                   report, resize, save_checkpoint, split_batch, uniform)
+from vqrae import (Log, Ranks, UserError, bench, check_finite, check_run, check_same, command_line, compile_parts, explained, full, hub_file,
+                   ignore_signals, load_checkpoint, load_teacher, load_tokenizer, lr_factor, next_command, no_autocast, open_run, parse_config,
+                   print_config, report, resize, save_checkpoint, split_batch, uniform)
 
 logging.set_verbosity_error()                     # transformers' own
 logging.disable_progress_bar()
@@ -64,7 +64,7 @@ class ARConfig:
     bench: int = 0                        # time that many steps on one batch, and stop; saves nothing
     profile: bool = False                 # with --bench: torch.profiler's table of where the time goes
     precision: Literal["bf16", "float32", "float64"] = "bf16"  # [T9] autocast; weights and loss stay float32
-    compile: bool = False                 # torch.compile: some minutes first, then faster steps on a GPU
+    compile: bool = False                 # torch.compile, block by block: a minute or so first, then faster steps on a GPU
     checkpointing: bool = False           # recompute activations in the backward pass: less memory, more time
     seed: int = 0                         # of weights, order and dropped captions
     # model
@@ -171,10 +171,11 @@ def grow_vocabulary(lm, text_tokenizer, tokenizer, which, max_length):
     boi, eoi = text_tokenizer.convert_tokens_to_ids([BOI, EOI])
     lm.config.visual = dict(offset=offset, codes=codes, tokens=tokenizer.config.num_tokens, boi=boi, eoi=eoi, max_length=max_length, tokenizer=which)
 
-def pad_left(ids, *more):
-    """B lists of different lengths -> ids, mask, and `more` such lists (B, L) each; zeros on the left: masked there, any id will do."""
-    pad = lambda rows: nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_side="left")
-    return [pad(ids), pad([[1] * len(row) for row in ids]), *map(pad, more)]
+def pad(rows, side):                              # B lists of different lengths -> (B, L), zeros on that side
+    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_side=side)
+
+def pad_left(rows):                               # B lists of ids -> ids and mask, (B, L) each: masked there, any id will do
+    return pad(rows, "left"), pad([[1] * len(row) for row in rows], "left")
 
 def layout(text_tokenizer, visual, texts, codes=None):
     """B captions and their codes (B, N) -> ids and mask (B, T + N + 2), as drawn at the top of this file; without codes (B, T + 1): a prompt,
@@ -184,9 +185,6 @@ def layout(text_tokenizer, visual, texts, codes=None):
     if codes is not None:
         rows = [row + picture + [visual["eoi"]] for row, picture in zip(rows, (codes + visual["offset"]).tolist())]
     return pad_left(rows)
-
-def positions_of(mask):                           # (B, L) -> position of each token in its own text (B, L): padding does not count
-    return (mask.cumsum(1) - 1).clamp(min=0)
 
 def visual_logits(lm, hidden):                                                # (..., hidden)
     """Logits of the k codes alone (..., k), in training as in sampling: a picture has no other token, and Qwen3's 151936 cost ten times as much."""
@@ -201,8 +199,11 @@ class PictureLM(nn.Module):
 
     def forward(self, ids, mask):                                             # (B, T + N + 2)
         ids, mask = ids[:, :-2], mask[:, :-2]                                 # nothing scored comes after v_N and EOI
-        x = self.lm.model(ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=False).last_hidden_state
-        return visual_logits(self.lm, x[:, -self.lm.config.visual["tokens"]:])        # from BOI, v_1, ... v_{N-1}
+        # Each row goes round to the left, its padding to the end, where causal attention never looks: no mask, as the fastest kernels want it.
+        at, shift = torch.arange(ids.shape[1], device=ids.device), (mask == 0).sum(1, keepdim=True)             # (L,), (B, 1)
+        x = self.lm.model(ids.gather(1, (at + shift) % len(at)), dict(full_attention=None), use_cache=False).last_hidden_state
+        last = at[-self.lm.config.visual["tokens"]:] - shift                  # (B, N): BOI, v_1, ... v_{N-1}
+        return visual_logits(self.lm, x.take_along_dim(last[..., None], 1))
 
 def load_generator(out_dir, tokenizer_folder="", device="cpu", dtype=torch.float32):
     """-> language model, its text tokenizer, and the VQRAE tokenizer whose codes it writes, checked to belong together."""
@@ -213,7 +214,8 @@ def load_generator(out_dir, tokenizer_folder="", device="cpu", dtype=torch.float
     check_same(lm.config.visual, dict(tokenizer=identity(tokenizer_folder)), f"{folder} learned other codes: pass their --tokenizer or train it anew")
     return lm.to(device).eval(), text_tokenizer, tokenizer
 
-# ---- Codes computed once, by position. Shapes are drawn and tokenized when needed: that takes a fifth of a step, and none comes twice.
+# ---- Codes computed once, by position. Shapes are drawn and tokenized when they first come, which takes a fifth of a step, and kept.
+REPEAT = 25_600                                   # pictures of shapes; then the first comes again
 def open_codes(source, part, config, tokenizer, which, ranks):
     """Codes and captions of `source` as one memory-mapped array of records, codes-PART-TOKENIZER-DATA.npy, made if need be; None for shapes."""
     if source == "shapes": return None
@@ -276,8 +278,8 @@ class MLLM(nn.Module):
         x = self.lm.get_input_embeddings()(ids.clamp(min=0))
         return x.masked_scatter((ids == IMAGE)[..., None], self.connector(Z_I.to(self.connector[0].weight.dtype)).to(x.dtype))
 
-    def forward(self, ids, mask, scored, Z_I):                                # (B, L) three times, (B, N, d)
-        x = self.lm.base_model(inputs_embeds=self.embed(ids, Z_I), attention_mask=mask, position_ids=positions_of(mask), use_cache=False)
+    def forward(self, ids, scored, Z_I):                                      # (B, L) twice, padded on the right, where no token looks; (B, N, d)
+        x = self.lm.base_model(inputs_embeds=self.embed(ids, Z_I), use_cache=False)
         return self.lm.get_output_embeddings()(x.last_hidden_state[:, :-1][scored[:, 1:]])     # (answer tokens, vocabulary)
 
 class Conversations(Images):
@@ -372,6 +374,7 @@ class Generate:
         if self.tokenizer.quantizer is None: raise UserError(f"{config.tokenizer} has no codes (quantizer none): train one with --quantizer simvq")
         if config.max_length < (least := self.tokenizer.config.num_tokens + 3):
             raise UserError(f"--max_length {config.max_length} has no room for a picture, its two marks and a caption: at least {least}")
+        self.draw = functools.cache(self.draw)
         self.data = open_codes(config.data, "train", config, self.tokenizer, self.which, ranks)
         self.val = open_codes(config.val_data or config.data, "val", config, self.tokenizer, self.which, ranks)
         texts = captions(plan(torch.arange(10_000))) if self.data is None else self.fetch(range(len(self.data)))[1] if config.lm == "random" else []
@@ -382,11 +385,16 @@ class Generate:
     def fetch(self, positions, val=False):
         """b positions -> codes (b, N) int64, captions [b]."""
         if (rows := self.val if val else self.data) is None:
-            batch = next(batches(None, self.tokenizer.config.image_size, positions, len(positions), device=self.device))
-            with no_autocast(batch["image"]):                                 # as in training, also while validating
-                return self.tokenizer.tokenize(batch["image"]), batch["text"]
+            n = len(positions)
+            first = positions[0] if val else positions[0] % max(n, REPEAT // n * n)
+            return self.draw(range(first, first + n))
         found = rows[[p if val else shuffled(p, len(rows), self.config.seed) for p in positions]]
         return torch.from_numpy(found["codes"].astype(np.int64)), [text.decode("utf-8", "ignore") for text in found["text"]]
+
+    def draw(self, positions):                                                # the same of shapes; kept
+        batch = next(batches(None, self.tokenizer.config.image_size, positions, len(positions), device=self.device))
+        with no_autocast(batch["image"]):                                     # as in training, also while validating
+            return self.tokenizer.tokenize(batch["image"]).cpu(), batch["text"]
 
     def stream(self, parts, val=False):
         """-> Iterator over ids and mask (b, T + N + 2)."""
@@ -449,18 +457,18 @@ class Understand:
         whole = [i for i, (ids, scored) in enumerate(chats) if ids.count(IMAGE) == self.tokens and any(scored)]     # else cut before image or answer
         if not whole: raise UserError(f"none of these {len(rows)} conversations has image and answer within --max_length {self.config.max_length}")
         ids, scored = zip(*(chats[i] for i in whole))
-        return *pad_left(ids, scored), torch.stack([rows[i]["image"] for i in whole])
+        return pad(ids, "right"), pad(scored, "right"), torch.stack([rows[i]["image"] for i in whole])
 
     def stream(self, parts, val=False):
-        """-> Iterator over ids, mask, scored (b, L) and images (b, 3, h, w)."""
+        """-> Iterator over ids, scored (b, L) and images (b, 3, h, w)."""
         if (data := self.val if val else self.data) is None:
             return (self.collate(shapes_turns(torch.tensor(part), self.size, self.config.phase)) for part in parts)
         return iter(torch.utils.data.DataLoader(data, batch_sampler=parts, collate_fn=self.collate, num_workers=self.config.num_workers,
                                                 worker_init_fn=ignore_signals, generator=torch.Generator()))
 
-    def loss(self, net, ids, mask, scored, images, right=None):
+    def loss(self, net, ids, scored, images, right=None):
         """Mean cross-entropy (nats) of the answers' tokens; appends to `right` which of them the model ranks first (S,)."""
-        logits, target = net(ids, mask, scored, self.encoder(images)), ids[:, 1:][scored[:, 1:]]             # (S, vocabulary), (S,)
+        logits, target = net(ids, scored, self.encoder(images)), ids[:, 1:][scored[:, 1:]]             # (S, vocabulary), (S,)
         if right is not None: right.append(logits.argmax(1) == target)
         return F.cross_entropy(full(logits), target)
 
@@ -501,7 +509,7 @@ def train(config, ranks):
         optimizer.load_state_dict(resumed["optimizer"])
         del resumed                                                           # it holds as much as model and optimiser
     if config.checkpointing: task.lm.gradient_checkpointing_enable(dict(use_reentrant=False))
-    if config.compile: task.net.compile()
+    if config.compile: compile_parts(task.lm, vars(task).get("encoder"))
     net = ranks.run(task.net)
     log = Log(out / f"log_{config.phase or 'ar'}.jsonl", first_step, ranks.first and not config.bench)
     starts = (step * config.batch_size + ranks.rank * local + i * micro for step in range(first_step, config.total_steps) for i in range(accumulate))
@@ -517,27 +525,24 @@ def train(config, ranks):
         last = step == config.total_steps
         if ranks.first and (last or (step > first_step and step % config.eval_every == 0)):
             task.net.eval()
-            with amp, torch.no_grad():
+            with amp, torch.no_grad(), torch.compiler.set_stance("force_eager") if config.compile else contextlib.nullcontext():       # many lengths
                 found = task.validate(task.val_at[i:i + micro] for i in range(0, len(task.val_at), micro))
             task.net.train()
             log(step=step, **found)
         if last or stop or (step > first_step and step % config.save_every == 0):
-            if ranks.size > 1:
-                optimizer.consolidate_state_dict(to=0)                        # all ranks send theirs
+            if ranks.size > 1: optimizer.consolidate_state_dict(to=0)         # all ranks send theirs
             if ranks.first:
                 save_checkpoint(path, dict(model=task.net.state_dict(), optimizer=optimizer.state_dict(), step=step, tokenizer=task.which))
         if last or stop: break
 
         # ---- One training step -----------------------------------------------------------------------------------------
         factor = lr_factor(step, config.warmup_steps, config.total_steps, config.end_lr / config.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * factor
+        for group in optimizer.param_groups: group["lr"] = config.lr * factor
         loss_sum = 0
         for i in range(accumulate):
             batch = [t.to(device, non_blocking=True) for t in next(stream)]
             net.require_backward_grad_sync = i == accumulate - 1              # DDP reduces gradients in backward: once a step is enough
-            with amp:
-                loss = task.loss(net, *batch)
+            with amp: loss = task.loss(net, *batch)
             (loss / accumulate).backward()
             loss_sum += loss.detach() / accumulate
         grad_norm = nn.utils.clip_grad_norm_(learning, config.clip)

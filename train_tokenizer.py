@@ -27,9 +27,9 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from vqrae import (MODELS, VQRAE, Discriminator, Encoder, Log, PerceptualLoss, Ranks, UserError, VQRAEConfig, bench, check_finite, check_run,
-                   check_same, code_usage, command_line, distill_loss, explained, full, hinge_d_loss, ignore_signals, lecam, load_checkpoint,
-                   load_encoder_weights, lr_factor, next_command, open_run, parse_config, print_config, psnr, report, resize, save_checkpoint,
-                   save_tokenizer, split_batch, uniform)
+                   check_same, code_usage, command_line, compile_parts, distill_loss, explained, full, hinge_d_loss, ignore_signals, lecam,
+                   load_checkpoint, load_encoder_weights, lr_factor, next_command, open_run, parse_config, print_config, psnr, report, resize,
+                   save_checkpoint, save_tokenizer, split_batch, uniform)
 
 # ---- Configuration. Defaults: stage 1 of SigLIP2-so400m 256. Sources: [T7] the paper's Table 7, [TiTok] inherited from the code it adapts, [ours].
 @dataclass
@@ -47,7 +47,7 @@ class TrainConfig:
     profile: bool = False                 # with --bench: torch.profiler's table of where the time goes
     precision: Literal["bf16", "float32", "float64"] = "bf16"  # [T7] autocast; losses and code distances stay float32
     loss_precision: Literal["bf16", "float32"] = "float32"  # [TiTok] of the perceptual networks and the discriminator; bf16 is faster on a GPU
-    compile: bool = False                 # torch.compile of the tokenizer: some minutes first, then faster steps on a GPU
+    compile: bool = False                 # torch.compile, block by block: a minute or so first, then faster steps on a GPU
     checkpointing: bool = False           # recompute activations in the backward pass: less memory, more time
     tf32: bool = False                    # float32 products in TensorFloat-32 on a GPU, the code search included
     seed: int = 0                         # of weights, order and crops
@@ -89,8 +89,7 @@ class TrainConfig:
     save_every: int = 5000                # [ours]
     val_images: int = 256                 # [ours] images a validation
 
-    def __post_init__(self):
-        check_run(self, disc_width=1, encoder_lr=0)
+    def __post_init__(self): check_run(self, disc_width=1, encoder_lr=0)
 
 PRESETS = {
     # What stage 2 changes: the encoder moves, slowly and on a leash; a discriminator comes in near the end.
@@ -147,9 +146,7 @@ class Images(torch.utils.data.Dataset):
         if part != "all": self.chosen = self.chosen[(self.chosen % 20 == 0) == (part == "val")]
         if not len(self): raise UserError(f"{source} is too small to hold every 20th out for validation: name some with --val_data")
 
-    def read(self, source, folder):
-        return Shards(source, folder) if source.endswith(".tar") else read_folder(source)
-
+    def read(self, source, folder): return Shards(source, folder) if source.endswith(".tar") else read_folder(source)
     def __len__(self): return len(self.chosen)
     def record(self, position):
         return self.records[self.chosen[shuffled(position, len(self), self.seed) if self.train else position % len(self)]]
@@ -308,7 +305,8 @@ def parameter_groups(model, discriminator, config):
 
 def starting_point(config, model_config, ranks, resumed):
     """The model with the weights its stage begins from, and the frozen teacher T."""
-    model, source = VQRAE(model_config), model_config.encoder_weights
+    with ranks.device:                                                        # on a CPU eight hundred million random weights take half a minute
+        model, source = VQRAE(model_config), model_config.encoder_weights
     run = Path(config.out_dir if config.init_from in ("", "none") else config.init_from)
     if config.stage == 2 and config.init_from != "none":
         path = run / "stage1.pt"
@@ -335,7 +333,6 @@ def starting_point(config, model_config, ranks, resumed):
 @torch.no_grad()
 def start_bottleneck(model, config, dataset, ranks):
     """Start to_code and the codes on this data's own features and pixels, looked at by rank 0 for all."""
-    model.to(ranks.device)
     if ranks.first:
         size, p, Z_I, pixels = model.config.image_size, model.config.patch_size, [], []
         patches = min(128 * model.config.codebook_size, max(32 * model.config.codebook_size, 1 << 19))  # half a million; but 32 to 128 a code
@@ -379,7 +376,7 @@ def train(config, model_config, ranks):
     if config.disc_start >= config.total_steps: ranks.say(f"note: --disc_start {config.disc_start} is after the last step: no discriminator")
     frozen, dtype = config.encoder_lr == 0, torch.float64 if config.precision == "float64" else None
     model.encoder.requires_grad_(not frozen)
-    if not resumed and (config.stage == 1 or config.init_from == "none"): start_bottleneck(model, config, data, ranks)
+    if not (resumed or config.bench) and (config.stage == 1 or config.init_from == "none"): start_bottleneck(model, config, data, ranks)
     nn.ModuleList(filter(None, (model, teacher, perceptual, discriminator))).to(device, dtype)
     nn.ModuleList(filter(None, (perceptual, discriminator))).to(memory_format=torch.channels_last)      # faster convolutions, the same numbers
     ema = copy.deepcopy(model).requires_grad_(False).eval()
@@ -387,7 +384,7 @@ def train(config, model_config, ranks):
     torch.backends.cudnn.allow_tf32 = config.tf32
     model.encoder.vit.set_grad_checkpointing(config.checkpointing and not frozen)
     model.decoder.vit.set_grad_checkpointing(config.checkpointing)
-    if config.compile: model.compile()
+    if config.compile: compile_parts(model, teacher, perceptual, discriminator)
     optimizer = torch.optim.AdamW([*parameter_groups(model, discriminator, config)], betas=(config.beta1, config.beta2), fused=device.type != "mps")
     parts, first_step = dict(model=model, ema=ema, optimizer=optimizer, discriminator=discriminator), 0
     if resumed:
@@ -425,8 +422,7 @@ def train(config, model_config, ranks):
 
         # ---- One training step -----------------------------------------------------------------------------------------
         factor = lambda start: lr_factor(max(0, step - start), config.warmup_steps, config.total_steps - start, floor)
-        for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor(group["start"])
+        for group in optimizer.param_groups: group["lr"] = group["base_lr"] * factor(group["start"])
         adversarial = 0 <= config.disc_start <= step
         sums = {}
         for i in range(accumulate):
@@ -439,16 +435,14 @@ def train(config, model_config, ranks):
             X, target = full(X), resize(images, model_config.output_size)     # (b, 3, H, W) each; losses in float32 from here
             terms = dict(l2=F.mse_loss(X, target), quant=vq_loss)                                                # eq. 2, 3
             if perceptual:
-                with loss_amp:
-                    terms["perceptual"] = perceptual(target, X)
+                with loss_amp: terms["perceptual"] = perceptual(target, X)
             if config.distill_weight and not frozen:
                 with torch.no_grad(), amp:
                     T_X = teacher(images)                                     # (b, N, d)
                 terms["distill"] = distill_loss(Z_I, T_X)                                                        # eq. 5
             if adversarial:                                                   # it only judges here: no gradient of its own, so no DDP
                 discriminator.requires_grad_(False)
-                with loss_amp:
-                    terms["adversarial"] = -full(discriminator(X)).mean()
+                with loss_amp: terms["adversarial"] = -full(discriminator(X)).mean()
             loss = sum(weights[name] * term for name, term in terms.items())                                     # eq. 4, 6
             (loss / accumulate).backward()
             if adversarial:
@@ -579,8 +573,7 @@ def plan(index, task=None):
     background = 0.80 + 0.12 * u[:, 41:42] + 0.02 * (u[:, 42:45] - 0.5)        # greyish, so that every object stands out
     return Scene(task, count, relation, shape, color, x, y, radius, 0.1 * u[:, 33:37] - 0.05, rgb, background, 0.06 * (u[:, 45:47] - 0.5))
 
-def article(thing):
-    return f"{'an' if thing[0] == 'o' else 'a'} {thing}"
+def article(thing): return f"{'an' if thing[0] == 'o' else 'a'} {thing}"
 
 def captions(scene):
     """Scene -> B captions in GenEval's wording, without its "a photo of"."""

@@ -166,11 +166,8 @@ def load_encoder_weights(encoder, source):
         vit.load_state_dict(state, strict=True)
 
 # ---- Quantiser ------------------------------------------------------------------------------------------------------
-def full(x):                                      # out of autocast's bfloat16: float32, or float64 where everything is
-    return x if x.dtype == torch.float64 else x.float()
-
-def no_autocast(x):
-    return contextlib.nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
+def full(x): return x if x.dtype == torch.float64 else x.float()              # out of autocast's bfloat16: float32, or float64 where all is
+def no_autocast(x): return contextlib.nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
 
 def has_bf16(device):                             # does it multiply bfloat16 matrices faster than float32 ones?
     if device.type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -179,15 +176,16 @@ def has_bf16(device):                             # does it multiply bfloat16 ma
 @torch.no_grad()
 def nearest(z, codes, max_elements=1 << 23, candidates=6):
     """Index of the nearest row (l2) of codes (k, e) for each of z (M, e) -> (M,): the least |c - m|^2 / 2 - (z - m).c, with m the mean code: half
-    of |z - c|^2 but for what all codes share. Of the M x k distances at most `max_elements` exist at once (32 MB in float32). A large
-    codebook's products are in bfloat16 where that is fast; float32 decides among the best `candidates`."""
-    mean, found = codes.mean(0), []
-    half = torch.cat([(some - mean).square().sum(1) for some in codes.split(1024)]) / 2            # (k,); no copy of all of the codes
+    of |z - c|^2 but for what all codes share. At most `max_elements` distances exist at once (32 MB in float32), on a GPU eight times as many.
+    A large codebook's products are in bfloat16 where that is fast; float32 decides among the best `candidates`."""
+    mean, found, piece = codes.mean(0), [], max_elements * 8 if z.is_cuda else max_elements
+    parts = codes.split(max(1, piece // 8 // codes.shape[1]))                 # and never a copy of all codes
+    half = torch.cat([(some - mean).square().sum(1) for some in parts]) / 2   # (k,)
     in_bf16 = z.dtype == torch.float32 and codes.numel() >= 1 << 22 and has_bf16(z.device)
     if in_bf16:
-        low = torch.cat([(some - mean).bfloat16() for some in codes.split(1024)])                  # (k, e)
+        low = torch.cat([(some - mean).bfloat16() for some in parts])         # (k, e)
         low_half = (half - half.mean()).bfloat16()                            # (k,)
-    for rows in z.split(max(1, max_elements // len(codes))):
+    for rows in z.split(max(1, piece // len(codes))):
         rows = rows - mean                                                    # (m, e)
         if not in_bf16:
             found.append(torch.addmm(half, rows, codes.T, alpha=-1).argmin(1))
@@ -369,16 +367,13 @@ class Discriminator(nn.Module):
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding="same") for a, b in zip(widths, widths[1:]))
         self.norms = nn.ModuleList(nn.GroupNorm(math.gcd(b, max(1, min(32, b // 4))), b) for b in widths[1:])   # 32 groups, fewer if narrow
         self.head = nn.Sequential(nn.Conv2d(widths[-1], widths[-1], 1), nn.LeakyReLU(0.1), nn.Conv2d(widths[-1], 1, 5, padding="same"))
-        kernel = torch.tensor([1., 3., 3., 1.]) / 8
-        self.register_buffer("blur", (kernel[:, None] * kernel).view(1, 1, 4, 4), persistent=False)
         self.register_buffer("means", torch.zeros(2))                         # running means of real and fake logits, for lecam
 
     def forward(self, images):                                                # (B, 3, H, W)
         x = F.leaky_relu(self.stem(images), 0.1)                              # (B, width, H, W)
         for conv, norm in zip(self.convs, self.norms):
-            x = conv(x)
-            x = F.conv2d(x, self.blur.expand(x.shape[1], 1, 4, 4), stride=2, padding=1, groups=x.shape[1])   # half the size
-            x = F.leaky_relu(norm(x), 0.1)
+            x = F.avg_pool2d(F.avg_pool2d(conv(x), 2, 1, padding=1), 2, 1)    # TiTok's blur, (1, 3, 3, 1) / 8 each way, is three averages of two,
+            x = F.leaky_relu(norm(F.avg_pool2d(x, 2)), 0.1)                   # and far faster so on a GPU; the last halves the size
         return self.head(F.adaptive_max_pool2d(x, 16))                        # (B, 1, 16, 16)
 
 def hinge_d_loss(real_logits, fake_logits):
@@ -452,6 +447,13 @@ def resize(images, size, limit=True):
     if images.shape[-1] == size: return images
     images = F.interpolate(images, size=size, mode="bicubic", antialias=True)
     return images.clamp(0, 1) if limit else images
+
+def compile_parts(*networks):
+    """torch.compile of each block in `networks` by itself: alike ones share one compilation, and all takes a minute or so."""
+    for part in (part for network in filter(None, networks) for part in network.modules()):
+        name = type(part).__name__                                            # timm's and transformers' blocks; the losses' networks
+        if name in ("Block", "ConvNeXt", "LPIPS", "Discriminator"): part.compile(dynamic=False)
+        if name.endswith("DecoderLayer"): part.compile()                      # lengths vary
 
 def uniform(seed, n): return torch.rand(n, generator=torch.Generator().manual_seed(seed))              # n numbers in [0, 1), the same for a seed
 
@@ -553,17 +555,20 @@ class Log:
         self.file = open(path, "w", buffering=1) if enabled else io.StringIO()
         self.file.writelines(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step)
 
-    def __call__(self, **values):
-        print(json.dumps(values), file=self.file)
+    def __call__(self, **values): print(json.dumps(values), file=self.file)
 
 def bench(config, ranks, network):
     """--bench N: how fast is a step? A generator to ask as each step begins: False, until N of them have been timed; then it prints
-    what they took. The first is counted, uncompiled, by torch's FlopCounterMode; two more warm up."""
+    what they took. The first is counted, uncompiled, by torch's FlopCounterMode, attention as it is written here; two more warm up."""
     cuda, table = ranks.device.type == "cuda", config.profile and torch.profiler.profile()
     if table:
         for name, part in network.named_children():                           # forward passes under the names of the parts that are called
             part.forward = torch.profiler.record_function(f"{name}.forward")(part.forward)
-    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+    aten, product, attention = torch.ops.aten, lambda q, k: 2 * math.prod(q) * k[2], {}       # FLOP of q k^T, as of each other product
+    for kind in ("flash_attention", "cudnn_attention", "efficient_attention", "flash_attention_for_cpu"):     # 2.11 knows no shared keys
+        attention[getattr(aten, f"_scaled_dot_product_{kind}")] = lambda q, k, *_, **__: 2 * product(q, k)
+        attention[getattr(aten, f"_scaled_dot_product_{kind}_backward")] = lambda _, q, k, *__, **___: 5 * product(q, k)
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False, custom_mapping=attention) as counter:
         yield False
     yield from [False, False]                                                 # the warm-up
     if cuda:
