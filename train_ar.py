@@ -5,8 +5,7 @@ Train a language model on the tokenizer's two outputs: to write pictures in code
     torchrun --nproc_per_node=8 train_ar.py --config internvit_448 --data 'FOLDER or shards-{000..127}.tar' --micro_batch 8
     ... --resume                                    go on after a stop (bit for bit on a CPU)
     python train_ar.py --task understand            tiny: answer questions about drawn shapes; both phases
-    torchrun --nproc_per_node=8 train_ar.py --config siglip2_256 --task understand --phase pretrain --data blip_laion_cc_sbu_558k.json --images DIR
-    torchrun --nproc_per_node=8 train_ar.py --config siglip2_256 --task understand --phase sft --data llava_v1_5_mix665k.json --images DIR
+    torchrun --nproc_per_node=8 train_ar.py --config siglip2_256 --task understand --phase pretrain --data LLAVA.json --images DIR     and --phase sft
 
 --task generate. A caption and its picture are one sequence, padded on the left:
     <pad> ... <pad>  a red circle  <|vision_start|>  v_1 v_2 ... v_N  <|vision_end|>         v = code + offset
@@ -20,7 +19,7 @@ EOI is there for whatever may follow a picture; N is fixed, so nothing has to pr
     USER: z_1 z_2 ... z_N how many rings are there? ASSISTANT: two </s> USER: ... ASSISTANT: ... </s> <pad> ...       phase sft
           z_1 z_2 ... z_N a red circle </s> <pad> ...                                                                 phase pretrain
 """
-import contextlib, functools, hashlib, itertools, json, os, sys, time, zlib
+import contextlib, functools, hashlib, io, itertools, json, os, sys, time, zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,6 +27,7 @@ from typing import Literal
 import numpy as np
 import tokenizers
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -150,8 +150,7 @@ def build_lm(config, texts):
     return read_lm(config.lm, f"cannot load the language model {config.lm}")
 
 def read_lm(name, problem, dtype=torch.float32, **how):                       # transformers would keep the saved type, Qwen3's bfloat16
-    with explained(problem):
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **how), AutoTokenizer.from_pretrained(name, **how)
+    with explained(problem): return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **how), AutoTokenizer.from_pretrained(name, **how)
 
 @torch.no_grad()
 def grow_vocabulary(lm, text_tokenizer, tokenizer, which, max_length):
@@ -450,8 +449,7 @@ class Understand:
         self.lm.requires_grad_(config.phase == "sft")
 
     def collate(self, rows):
-        for line in (line for row in rows for line in row.get("skipped", "").splitlines()):
-            tqdm.write(f"skipped {line}")
+        for line in (line for row in rows for line in row.get("skipped", "").splitlines()): tqdm.write(f"skipped {line}")
         chats = [chat(self.text_tokenizer, row["turns"], self.tokens, self.config.phase == "pretrain") for row in rows]
         chats = [(ids[:self.config.max_length], scored[:self.config.max_length]) for ids, scored in chats]
         whole = [i for i, (ids, scored) in enumerate(chats) if ids.count(IMAGE) == self.tokens and any(scored)]     # else cut before image or answer
@@ -482,6 +480,14 @@ class Understand:
                      next_command("eval.py", self.config, {"device"}, vqa=True, out_dir=self.config.out_dir, tokenizers=(self.config.tokenizer,)))
         return dict(val_loss=total / len(right), val_accuracy=right.sum().item() / len(right))
 
+def send(message, src_rank, group, device):
+    """ZeRO's moments from one rank to the first, that saves them. In the place of torch's own function, which takes a minute a gigabyte."""
+    buffer = io.BytesIO()
+    if dist.get_rank() == src_rank: torch.save(message, buffer)
+    box = [buffer.getvalue()]
+    dist.broadcast_object_list(box, src_rank, group, device)
+    return torch.load(io.BytesIO(box[0]), map_location="cpu", weights_only=True)
+
 def train(config, ranks):
     out, device, start = Path(config.out_dir), ranks.device, time.time()
     local, micro, accumulate = split_batch(config, ranks)
@@ -499,12 +505,12 @@ def train(config, ranks):
                fused=device.type != "mps" and ranks.size == 1)                 # ZeRO's load puts the step count on the CPU, which fused CUDA refuses
     optimizer = torch.optim.AdamW(learning, **how)
     if ranks.size > 1:                                                        # ZeRO-1 [T9]: each rank keeps its share of the moments
-        from torch.distributed.optim import ZeroRedundancyOptimizer           # a second to import
-        optimizer = ZeroRedundancyOptimizer(learning, optimizer_class=torch.optim.AdamW, **how)
+        from torch.distributed.optim import zero_redundancy_optimizer as zero # a second to import
+        zero._broadcast_object = send
+        optimizer = zero.ZeroRedundancyOptimizer(learning, optimizer_class=torch.optim.AdamW, **how)
     if resumed:
         check_same(resumed, dict(tokenizer=task.which), f"{path} learned from another tokenizer, pass that one or --overwrite")
-        with explained(f"{path} is of another language model than --lm and --lm_config make"):
-            task.net.load_state_dict(resumed["model"])
+        with explained(f"{path} is of another language model than --lm and --lm_config make"): task.net.load_state_dict(resumed["model"])
         resumed["optimizer"]["param_groups"][0].update(how)                   # rates and the like are this run's
         optimizer.load_state_dict(resumed["optimizer"])
         del resumed                                                           # it holds as much as model and optimiser

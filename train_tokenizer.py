@@ -39,7 +39,7 @@ class TrainConfig:
     data: str = "shapes"                  # shapes, a folder of images, or 'shards-{000..127}.tar'
     val_data: str = ""                    # the same for validation; "": every 20th image of a folder is held out
     out_dir: str = ""                     # the run's folder; "": out/CONFIG
-    init_from: str = ""                   # a run to take the earlier stages from; "": out_dir; none: stage 2 without stage 1
+    init_from: str = ""                   # a run to take the earlier stages from; "": out_dir; none: stage 2 from the VFM itself, without stage 1
     resume: bool = False                  # go on from this stage's last checkpoint
     overwrite: bool = False               # start over although this stage has a checkpoint
     device: str = ""                      # cuda, mps or cpu; "": the first of them that is there
@@ -438,8 +438,8 @@ def train(config, model_config, ranks):
                 with loss_amp: terms["perceptual"] = perceptual(target, X)
             if config.distill_weight and not frozen:
                 with torch.no_grad(), amp:
-                    T_X = teacher(images)                                     # (b, N, d)
-                terms["distill"] = distill_loss(Z_I, T_X)                                                        # eq. 5
+                    teacher_Z_I = teacher(images)                             # (b, N, d)
+                terms["distill"] = distill_loss(Z_I, teacher_Z_I)                                                # eq. 5
             if adversarial:                                                   # it only judges here: no gradient of its own, so no DDP
                 discriminator.requires_grad_(False)
                 with loss_amp: terms["adversarial"] = -full(discriminator(X)).mean()
@@ -504,8 +504,7 @@ def main():
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
     if config.stage > 0: return train(config, model_config, ranks)
     if config.bench: raise UserError("--bench times stages 1 and 2")
-    if model_config.encoder_weights != "stage0":
-        raise UserError(f"--config {config.config} has a pretrained encoder: stage 0 is for encoder_weights stage0, the tiny config's")
+    if model_config.encoder_weights != "stage0": raise UserError(f"stage 0 is for encoder_weights stage0, not {model_config.encoder_weights}")
     path = Path(config.out_dir) / "stage0.pt"
     if path.exists() and not config.overwrite: raise UserError(f"{path} exists: --overwrite makes it anew")
     if ranks.first: pretrain(config, model_config, ranks.device, path)

@@ -20,11 +20,11 @@ import argparse, contextlib, dataclasses, datetime, inspect, io, json, math, os,
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, get_args
+from zipfile import is_zipfile
 
 import timm
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, constants, hf_hub_download
@@ -140,8 +140,7 @@ def swap_encoder(mllm, encoder):
 
 def hub_file(repo, name, remedy="pass --encoder_weights FILE"):
     """A file of a hub repository: from the cache, else downloaded. No network: fails in seconds, where the hub's retries take a minute."""
-    with contextlib.suppress(FileNotFoundError):                              # not in the cache
-        return hf_hub_download(repo, name, local_files_only=True)
+    with contextlib.suppress(FileNotFoundError): return hf_hub_download(repo, name, local_files_only=True)     # else it is not in the cache
     url = f"{constants.ENDPOINT}/{repo}/resolve/main/{name}"
     with explained(f"cannot reach {url}: fetch it where there is a network, then {remedy}", OSError):
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=3).close()
@@ -155,15 +154,13 @@ def load_encoder_weights(encoder, source):
     path = hub_file(repo, "model.safetensors") if source == "hub" and repo else source
     if not Path(path).is_file():
         raise UserError(f"no file {path}: --encoder_weights takes hub (where timm has the weights there), random, or a .safetensors or .pt file")
-    with explained(f"{path} cannot be read"):
-        state = load_file(path) if str(path).endswith(".safetensors") else load_checkpoint(path)
+    with explained(f"{path} cannot be read"): state = load_file(path) if str(path).endswith(".safetensors") else load_checkpoint(path)
     state = {key: value for key, value in to_timm_keys(state.get("encoder", state)).items()
              if not key.startswith(("attn_pool.", "head.", "norm.", "fc_norm."))}
     if "pos_embed" in state and state["pos_embed"].shape != vit.pos_embed.shape:      # another image size
         prefix = vit.num_prefix_tokens if state["pos_embed"].shape[1] != math.isqrt(state["pos_embed"].shape[1]) ** 2 else 0
         state["pos_embed"] = timm.layers.resample_abs_pos_embed(state["pos_embed"], vit.patch_embed.grid_size, num_prefix_tokens=prefix)
-    with explained(f"{path} does not fit the encoder {vit.pretrained_cfg['architecture']}"):
-        vit.load_state_dict(state, strict=True)
+    with explained(f"{path} does not fit the encoder {vit.pretrained_cfg['architecture']}"): vit.load_state_dict(state, strict=True)
 
 # ---- Quantiser ------------------------------------------------------------------------------------------------------
 def full(x): return x if x.dtype == torch.float64 else x.float()              # out of autocast's bfloat16: float32, or float64 where all is
@@ -214,8 +211,7 @@ class SimVQ(nn.Module):
         return z_q.detach() + (z - z.detach()), indices, loss     # straight through: z_q's value, z's gradient. z + (z_q - z).detach() would round
 
     def lookup(self, indices):                                                # (...) int64 -> (..., e)
-        with no_autocast(indices):
-            return self.proj(self.codebook[indices])
+        with no_autocast(indices): return self.proj(self.codebook[indices])
 
     @torch.no_grad()
     def init_codebook(self, latents, iterations=5):
@@ -439,7 +435,7 @@ def load_checkpoint(path):
     """Tensors, numbers and dicts only: a pickle that would run code is refused, not run."""
     if not Path(path).is_file(): raise UserError(f"no file {path}")
     with explained(f"{path} is not a readable checkpoint, or holds more than tensors and numbers: not loaded"):
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))          # in memory once for all ranks
 
 # ---- What the scripts share: command line, processes, log -----------------------------------------------------------
 def resize(images, size, limit=True):
@@ -450,6 +446,7 @@ def resize(images, size, limit=True):
 
 def compile_parts(*networks):
     """torch.compile of each block in `networks` by itself: alike ones share one compilation, and all takes a minute or so."""
+    torch._dynamo.config.optimize_ddp = False                                 # it would cut each block into pieces as large as DDP's buckets
     for part in (part for network in filter(None, networks) for part in network.modules()):
         name = type(part).__name__                                            # timm's and transformers' blocks; the losses' networks
         if name in ("Block", "ConvNeXt", "LPIPS", "Discriminator"): part.compile(dynamic=False)
@@ -462,8 +459,7 @@ def lr_factor(step, warmup, total, floor):
     progress, floor = min(1.0, (step - warmup) / max(1, total - warmup)), min(1.0, floor)
     return (step + 1) / warmup if step < warmup else floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
-def ignore_signals(_):
-    """torchrun and Ctrl-C signal a loader's workers too; the training process alone decides when to stop."""
+def ignore_signals(_):                            # torchrun and Ctrl-C signal a loader's workers too, but the training process alone decides
     for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, signal.SIG_IGN)
 
 def parse_config(cls, presets={}, model_class=None, models=None, argv=None):
@@ -507,8 +503,7 @@ class Ranks:
         self.first, self.stop_asked = self.rank == 0, False
         device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
         if device == "cuda": device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        with explained(f"--device {device} cannot be used here"):
-            self.device = torch.empty(1, device=device).device
+        with explained(f"--device {device} cannot be used here"): self.device = torch.empty(1, device=device).device
         if self.device.type == "cuda": torch.cuda.set_device(self.device)
         torch.backends.cudnn.allow_tf32 = False                               # torch's default for convolutions would make other codes
         if "RANK" in os.environ and not dist.is_initialized():                # hours: rank 0 validates and saves alone
@@ -534,8 +529,8 @@ class Ranks:
         dist.all_reduce(total)
         return total.to(tensor.device)
 
-    def mean_with_grad(self, tensor):                                         # over ranks; gradients pass through
-        return dist_nn.all_reduce(tensor) / self.size if self.size > 1 else tensor
+    def mean_with_grad(self, tensor):                                         # over ranks; the gradient is the tensor's own: DDP takes their mean
+        return tensor + (self.sum(tensor.detach()) / self.size - tensor.detach())
 
     @contextlib.contextmanager
     def first_alone(self):
@@ -631,6 +626,7 @@ def check_finite(losses, step, remedy="the last checkpoint is whole; try a lower
 
 def command_line(main):
     """Run a script's main(). A user's mistake ends as one line and exit status 1, under torchrun as one line in all."""
+    if sys.platform == "linux": torch.multiprocessing.set_start_method("fork", force=True)    # workers share the data, which Python 3.14 would copy
     try:
         main()
         if dist.is_initialized(): dist.destroy_process_group()
