@@ -98,7 +98,7 @@ class ARConfig:
         if not 0 <= self.caption_drop <= 1: raise UserError(f"--caption_drop is a share between 0 and 1, not {self.caption_drop}")
         if self.phase and self.task == "generate": raise UserError(f"--phase {self.phase} is of --task understand")
 
-TINY_LM = dict(hidden_size=128, num_hidden_layers=4, intermediate_size=256, num_attention_heads=4, num_key_value_heads=4, head_dim=32,
+TINY_LM = dict(hidden_size=128, num_hidden_layers=4, intermediate_size=256, num_attention_heads=8, num_key_value_heads=8, head_dim=16,
                initializer_range=0.06, rope_parameters=dict(rope_type="default", rope_theta=1000.0))                                  # [ours]
 PRESETS = {
     # [T8] Understanding, the LLaVA-1.5 recipe: an epoch of 595 thousand captions, then of 665 thousand conversations; warmup is 3% of the steps.
@@ -106,9 +106,10 @@ PRESETS = {
     "phase pretrain": dict(lr=1e-3, total_steps=2325, warmup_steps=70, batch_size=256),
     "phase sft": dict(lr=2e-5, total_steps=5195, warmup_steps=156, batch_size=128),
     "config siglip2_base_256, task generate": dict(batch_size=128, micro_batch=16),                                                   # [ours]
-    "config tiny": dict(lm="random", max_length=128, precision="float32", batch_size=16, num_workers=0, total_steps=3300, lr=4e-3,    # [ours]
+    "config tiny": dict(lm="random", max_length=128, precision="float32", batch_size=16, num_workers=0, total_steps=2600, lr=4e-3,    # [ours]
                         end_lr=1e-4, weight_decay=0.1, warmup_steps=50, log_every=20, eval_every=1000, save_every=1000, lm_config=TINY_LM),
-    "config tiny, task understand": dict(max_length=192, weight_decay=0.05, lm_config=TINY_LM | dict(intermediate_size=384)),         # [ours]
+    "config tiny, task understand": dict(max_length=192, weight_decay=0.05, lm_config=TINY_LM | dict(                                 # [ours]
+        intermediate_size=384, num_attention_heads=4, num_key_value_heads=4, head_dim=32)),
     "config tiny, phase pretrain": dict(total_steps=60, warmup_steps=10, lr=3e-4),                                                    # [ours]
     "config tiny, phase sft": dict(total_steps=1800, lr=1.5e-3),                                                                      # [ours]
 }
@@ -119,8 +120,7 @@ CARRIED = SHARED | {"lm", "lm_config", "micro_batch", "num_workers", "precision"
 # ---- Language model and layout. What sets ours apart from any other Qwen3 is written in its config as `visual`:
 # offset and codes (the ids offset ... offset + codes - 1 are pictures), tokens (N), boi, eoi, max_length, and which tokenizer.
 BOI, EOI = "<|vision_start|>", "<|vision_end|>"   # Qwen3's own names; other text tokenizers are given them
-PAD, UNKNOWN, END = "<pad>", "<unk>", "</s>"
-IMAGE = -1                                        # stands for one feature of Z_I among the ids
+PAD, UNKNOWN, END, IMAGE = "<pad>", "<unk>", "</s>", -1       # IMAGE: one feature of Z_I among the ids
 
 def identity(folder, name="model.safetensors"):   # what tells one trained tokenizer from another: a hash of its weights
     return hashlib.sha256(np.memmap(Path(folder) / name, mode="r")).hexdigest()[:16]
