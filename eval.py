@@ -130,10 +130,12 @@ def reconstruction(model, nets, dataset, positions, config, ranks):
 # ---- Semantics without a language model: classes from mean-pooled features
 def knn(train, train_labels, test, test_labels, k=20):
     """Top-1 accuracy of a vote of the k nearest by cosine. (n, f), (n,), (m, f), (m,) -> float."""
-    similarity = F.normalize(test, dim=1) @ F.normalize(train, dim=1).T
-    weight, index = similarity.topk(min(k, len(train)), dim=1)
-    votes = torch.zeros(len(test), int(train_labels.max()) + 1).scatter_add(1, train_labels[index], (weight / 0.07).exp())
-    return (votes.argmax(1) == test_labels).float().mean().item()
+    train, right = F.normalize(train, dim=1), 0
+    for part, labels in zip(test.split(1024), test_labels.split(1024)):       # never all n x m similarities
+        weight, index = (F.normalize(part, dim=1) @ train.T).topk(min(k, len(train)), dim=1)
+        votes = torch.zeros(len(part), int(train_labels.max()) + 1).scatter_add(1, train_labels[index], (weight / 0.07).exp())
+        right += (votes.argmax(1) == labels).sum().item()
+    return right / len(test)
 
 def probe(train, train_labels, test, test_labels, steps=100, decay=1e-3):
     """Top-1 accuracy of a multinomial logistic regression on standardised features, L-BFGS."""
@@ -163,7 +165,7 @@ def semantics(model, teacher, dataset, total, config, device):
         for name, z in found.items():
             if z is not None: rows.setdefault(name, []).append(z.mean(1).float().cpu())                        # (B, N, d) -> (B, d)
         labels += batch["label"]
-        small += [resize(images, 64).cpu()] * (len(labels) <= 4096 + len(images))
+        small += [(resize(images, 64) * 255).byte().cpu()] * (len(labels) <= 4096 + len(images))
     rows = {name: torch.cat(z) for name, z in rows.items()}                   # (total, d)
     if model.quantizer and len(labels) >= 8:                                  # one image a cluster at least
         draw_clusters((rows["features"], rows["tokens"]), torch.cat(small), Path(config.out_dir) / "clusters.png")
@@ -186,7 +188,7 @@ def draw_clusters(rows, images, path, k=8, across=8):
             own, far = nearest(z, means.codebook), torch.cdist(z, means.codebook)
             order = own.bincount(minlength=k).argsort(descending=True)
             picked = [far[:, c].masked_fill(own != c, math.inf).topk(across, largest=False) for c in order]
-            shown = torch.cat([torch.where(d.isinf()[:, None, None, None], 1, images[i]) for d, i in picked])      # (k across, 3, 64, 64)
+            shown = torch.cat([torch.where(d.isinf()[:, None, None, None], 1, images[i] / 255) for d, i in picked])        # (k across, 3, 64, 64)
             sides.append(make_grid(shown, nrow=across, pad_value=1))
     save_image(torch.cat(sides, 2), path)
 
@@ -264,8 +266,7 @@ def generation(folder, config, ranks):
             rebuilt.append(tokenizer(render(Scene(*(values[part] for values in scene))).to(ranks.device)).reconstruction.clamp(0, 1).cpu())
     drawn = torch.cat(drawn)
     colored = torch.isin(scene.task, torch.tensor([TASKS.index(t) for t in COLORED]))
-    novel = (HELD_OUT[scene.shape, scene.color] & scene.present).any(1) & colored
-    out = {}
+    novel, out = (HELD_OUT[scene.shape, scene.color] & scene.present).any(1) & colored, {}
     for name, images in (("geneval", drawn), ("geneval_ceiling", torch.cat(rebuilt))):
         right = fulfilled(images, scene).float()
         scores = {task: right[(scene.task == t) & ~novel].mean().item() for t, task in enumerate(TASKS[:6])}
@@ -330,8 +331,7 @@ def evaluate(folder, config, ranks):
         result["dead_codes"] = int((counts == 0).sum())
     if ranks.first:
         accuracy, why = semantics(model, nets.get("teacher"), dataset, total, config, ranks.device)
-        result |= accuracy
-        result["reasons"] |= reasons | why
+        result |= accuracy | dict(reasons=result["reasons"] | reasons | why)
     return result | dict(seconds=round(time.time() - start, 1))
 
 def draw_curves(out):
