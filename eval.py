@@ -165,7 +165,7 @@ def semantics(model, teacher, dataset, total, config, device):
         for name, z in found.items():
             if z is not None: rows.setdefault(name, []).append(z.mean(1).float().cpu())                        # (B, N, d) -> (B, d)
         labels += batch["label"]
-        small += [(resize(images, 64) * 255).byte().cpu()] * (len(labels) <= 4096 + len(images))
+        if len(labels) <= 4096 + len(images): small.append((resize(images, 64) * 255).round().byte().cpu())
     rows = {name: torch.cat(z) for name, z in rows.items()}                   # (total, d)
     if model.quantizer and len(labels) >= 8:                                  # one image a cluster at least
         draw_clusters((rows["features"], rows["tokens"]), torch.cat(small), Path(config.out_dir) / "clusters.png")

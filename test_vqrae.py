@@ -1261,7 +1261,7 @@ def test_chat_puts_features_where_image_stood_and_scores_answers_alone():
     alone = net(torch.tensor([chats[1][0]]), torch.tensor([chats[1][1]]), Z_I[1:2])
     torch.testing.assert_close(logits[4:], alone, rtol=0, atol=1e-4)          # padding changes nothing
     Z_I.requires_grad_(True)
-    net(ids, scored, Z_I)[:2].sum().backward()                          # the first answer sees its own features only
+    net(ids, scored, Z_I)[:2].sum().backward()                                # the first answer sees its own features only
     assert Z_I.grad[0].abs().sum() > 0 and Z_I.grad[1:].abs().sum() == 0
 
 

@@ -466,7 +466,7 @@ class Understand:
 
     def loss(self, net, ids, scored, images, right=None):
         """Mean cross-entropy (nats) of the answers' tokens; appends to `right` which of them the model ranks first (S,)."""
-        logits, target = net(ids, scored, self.encoder(images)), ids[:, 1:][scored[:, 1:]]             # (S, vocabulary), (S,)
+        logits, target = net(ids, scored, self.encoder(images)), ids[:, 1:][scored[:, 1:]]                   # (S, vocabulary), (S,)
         if right is not None: right.append(logits.argmax(1) == target)
         return F.cross_entropy(full(logits), target)
 
@@ -505,7 +505,7 @@ def train(config, ranks):
                fused=device.type != "mps" and ranks.size == 1)                 # ZeRO's load puts the step count on the CPU, which fused CUDA refuses
     optimizer = torch.optim.AdamW(learning, **how)
     if ranks.size > 1:                                                        # ZeRO-1 [T9]: each rank keeps its share of the moments
-        from torch.distributed.optim import zero_redundancy_optimizer as zero # a second to import
+        from torch.distributed.optim import zero_redundancy_optimizer as zero       # a second to import
         zero._broadcast_object = send
         optimizer = zero.ZeroRedundancyOptimizer(learning, optimizer_class=torch.optim.AdamW, **how)
     if resumed:

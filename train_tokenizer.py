@@ -306,8 +306,8 @@ def parameter_groups(model, discriminator, config):
 def starting_point(config, model_config, ranks, resumed):
     """The model with the weights its stage begins from, and the frozen teacher T."""
     with ranks.device:                                                        # on a CPU eight hundred million random weights take half a minute
-        model, source = VQRAE(model_config), model_config.encoder_weights
-    run = Path(config.out_dir if config.init_from in ("", "none") else config.init_from)
+        model = VQRAE(model_config)
+    source, run = model_config.encoder_weights, Path(config.out_dir if config.init_from in ("", "none") else config.init_from)
     if config.stage == 2 and config.init_from != "none":
         path = run / "stage1.pt"
         if not path.exists():
