@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.utils import save_image
 from tqdm import tqdm
-from transformers import StaticCache, TopKLogitsWarper, TopPLogitsWarper
+from transformers import AttentionInterface, StaticCache, TopKLogitsWarper, TopPLogitsWarper
 
 from train_ar import chat, layout, load_generator, load_mllm, pad_left, square, visual_logits
 from vqrae import Ranks, UserError, check_least, command_line, explained, full, parse_config, print_config, resize, uniform
@@ -82,10 +82,26 @@ def choose(logits, u, temperature, top_k, top_p):
     below = logits.softmax(1).cumsum(1)                                       # (B, k)
     return torch.searchsorted(below, u[:, None] * below[:, -1:], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
 
-def step(lm, ids, positions, allowed, cache):
-    """Read ids (R, L) after what `cache` holds -> logits of the next code (R, k). allowed: (R, 1, L, cache's length) bool."""
+def attend(module, q, k, v, allowed, scaling, **_):
+    """Attention of q (R, H, L, a) to the first n of the cache's k and v (R, h, length, a), where `allowed` (R, 1, L, n). Heads that share keys
+    become more queries of one, and nothing is copied; for a query or two products are faster than kernels made for many. -> (R, L, H, a)"""
+    k, v = (t[:, :, :allowed.shape[-1]] for t in (k, v))                      # (R, h, n, a)
+    grouped = (q * scaling).reshape(*k.shape[:2], -1, q.shape[-1])            # (R, h, H / h * L, a)
+    scores = (grouped @ k.transpose(2, 3)).unflatten(2, (-1, q.shape[2]))               # (R, h, H / h, L, n)
+    weights = full(scores).masked_fill(~allowed[:, None], -torch.inf).softmax(-1).to(v.dtype)
+    return (weights.flatten(2, 3) @ v).view_as(q).transpose(1, 2), None
+
+AttentionInterface.register("attend", attend)
+
+def step(lm, ids, positions, allowed, cache, guidance):
+    """Read ids (R, L) after what `cache` holds -> logits of the next code (B, k). allowed: (R, 1, L, n) bool, of the cache's first n places.
+    Guided, R = 2 B: c above u. The head is linear: mixed before it, half the rows go through."""
     x = lm.model(ids, dict(full_attention=allowed), positions, cache, use_cache=True)     # the cache by place: transformers 5 renames it
-    return full(visual_logits(lm, x.last_hidden_state[:, -1]))
+    x = x.last_hidden_state[:, -1]                                            # (R, hidden)
+    if guidance != 1:
+        c, u = x.chunk(2)
+        x = u + guidance * (c - u)                                            # (B, hidden)
+    return full(visual_logits(lm, x))
 
 @functools.lru_cache(maxsize=1)                   # compiled code wants its own tensors again; another size, another cache
 def cache_and_step(lm, rows, length, compiled):
@@ -99,29 +115,29 @@ def generate(lm, text_tokenizer, prompts, seeds, guidance=1.0, temperature=1.0, 
     torch.compile, worth it on a GPU. bar: a tqdm, that counts codes. Raises UserError on an option out of range."""
     check_options(guidance, temperature, top_k, top_p)
     visual, device, B = lm.config.visual, lm.device, len(prompts)
-    N, guided = visual["tokens"], guidance != 1
+    N = visual["tokens"]
     chance = torch.stack([uniform(seed, N) for seed in seeds]).to(device)     # (B, N): the only randomness
-    ids, mask = layout(text_tokenizer, visual, [*prompts, *[""] * B] if guided else list(prompts))
+    ids, mask = layout(text_tokenizer, visual, [*prompts, *[""] * B * (guidance != 1)])
     ids, mask = (F.pad(t, (max(0, width + 1 - t.shape[1]), 0)).to(device) for t in (ids, mask))
-    R, T = ids.shape                                                          # R = 2 B when guided: c above u
+    R, T = ids.shape                                                          # R = 2 B when guided
     length = T + N - 1                                                        # the last code is drawn, not read
     at = torch.arange(length, device=device)
     seen = torch.cat([mask.bool(), torch.ones(R, N - 1, dtype=torch.bool, device=device)], 1)           # (R, length)
-    allowed = (seen[:, None, None] & (at <= at[:T, None])) | (at == at[:T, None])     # (R, 1, T, length); padding sees itself, or softmax gives NaN
+    allowed = (seen[:, None, None, :T] & (at[:T] <= at[:T, None])) | (at[:T] == at[:T, None])  # (R, 1, T, T); padding sees itself, else NaN
     positions = (mask.cumsum(1) - 1).clamp(min=0)                             # (R, T): padding does not count
     cache, run = cache_and_step(lm, R, length, compiled)
     cache.reset()
+    usual = lm.config._attn_implementation
+    lm.set_attn_implementation("attend")
     codes = []
     for n in range(N):
-        logits = (step if n == 0 else run)(lm, ids, positions, allowed, cache)             # (R, k)
-        if guided:
-            c, u = logits.chunk(2)
-            logits = u + guidance * (c - u)                                   # (B, k)
+        logits = (step if n == 0 else run)(lm, ids, positions, allowed, cache, guidance)              # (B, k)
         codes.append(choose(logits, chance[:, n], temperature, top_k, top_p))
         ids = (codes[-1] + visual["offset"]).repeat(R // B)[:, None]          # (R, 1)
         positions = positions[:, -1:] + 1
-        allowed = (seen & (at <= T + n))[:, None, None]                       # (R, 1, 1, length)
+        allowed = (seen & (at <= T + n))[:, None, None, :length if compiled else T + n + 1]     # (R, 1, 1, filled places, or, for one shape, all)
         if bar is not None: bar.update(B)
+    lm.set_attn_implementation(usual)
     return torch.stack(codes, 1)                                              # (B, N)
 
 # ---- Z_I -> answers -------------------------------------------------------------------------------------------------

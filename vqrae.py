@@ -193,6 +193,18 @@ def nearest(z, codes, max_elements=1 << 23, candidates=6):
         found.append(few.gather(1, exact.argmin(1, keepdim=True))[:, 0])
     return torch.cat(found)
 
+class ChosenRows(torch.autograd.Function):
+    """Rows of C W, which the search has computed, with W's gradient through them: that of C[indices] @ W, whose product need not be taken again."""
+    @staticmethod
+    def forward(ctx, W, C, codes, indices):                                   # (e, e), (k, e), (k, e), (B, N) -> (B, N, e)
+        ctx.save_for_backward(C, indices)
+        return codes[indices]
+
+    @staticmethod
+    def backward(ctx, gradient):                                              # (B, N, e)
+        C, indices = ctx.saved_tensors
+        return gradient.flatten(0, -2).T @ C[indices.flatten()], None, None, None
+
 class SimVQ(nn.Module):
     """SimVQ (Zhu et al. 2024), eq. 1: the codes are C W with C frozen and only W learned, so that one used code moves all of them and none
     is left behind to die. forward's z_q has exactly the codes' values, and hands its gradient straight to z."""
@@ -205,8 +217,9 @@ class SimVQ(nn.Module):
     def forward(self, z):                 # (B, N, e) -> z_q (B, N, e), indices (B, N) int64, loss (scalar, eq. 3)
         with no_autocast(z):                                                  # distances in float32, whatever the rest is in
             z = full(z)
-            indices = nearest(z.flatten(0, 1), self.proj(self.codebook)).view(z.shape[:-1])   # (B, N); takes no gradient
-            z_q = self.lookup(indices)                                        # (B, N, e): the chosen rows again, now for W's gradient
+            with torch.no_grad(): codes = self.proj(self.codebook)            # C W (k, e)
+            indices = nearest(z.flatten(0, 1), codes).view(z.shape[:-1])      # (B, N)
+            z_q = ChosenRows.apply(self.proj.weight, self.codebook, codes, indices)           # (B, N, e)
             loss = F.mse_loss(z_q, z.detach()) + self.beta * F.mse_loss(z, z_q.detach())
         return z_q.detach() + (z - z.detach()), indices, loss     # straight through: z_q's value, z's gradient. z + (z_q - z).detach() would round
 
