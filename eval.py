@@ -103,8 +103,7 @@ def reconstruction(model, nets, dataset, positions, config, ranks):
             features["fd_vfm", 0] += moments(T_X.mean(1))
             features["fd_vfm", 1] += moments(nets["teacher"](resize(y, native)).mean(1))
         if "rfid" in nets:
-            for side, images in enumerate((x, y)):
-                features["rfid", side] += moments(nets["rfid"]((images * 255).round().to(torch.uint8))[0])
+            for side, images in enumerate((x, y)): features["rfid", side] += moments(nets["rfid"]((images * 255).round().to(torch.uint8))[0])
         if result.indices is not None: counts += torch.bincount(result.indices.flatten().cpu(), minlength=len(counts))
         if dataset is None:
             scene = batch["scene"]
@@ -336,15 +335,13 @@ def evaluate(folder, config, ranks):
 
 def draw_curves(out):
     """Loss, PSNR and codebook usage over steps, from every log_*.jsonl of the run -> curves.png."""
-    with explained("--curves needs matplotlib: pip install matplotlib", ImportError):
-        import matplotlib.pyplot as plt
+    with explained("--curves needs matplotlib: pip install matplotlib", ImportError): import matplotlib.pyplot as plt
     logs = {path.stem[4:]: [json.loads(line) for line in path.read_text().splitlines()] for path in sorted(out.glob("log_*.jsonl"))}
     if not logs: raise UserError(f"no log_*.jsonl in {out}: --out_dir names the run")
     _, axes = plt.subplots(1, 3, figsize=(15, 4))
     for axis, keys in zip(axes, (("loss", "val_loss"), ("val_psnr",), ("codebook_usage", "val_codebook_usage"))):
         for (name, rows), key in itertools.product(logs.items(), keys):
-            if points := [(row["step"], row[key]) for row in rows if key in row]:
-                axis.plot(*zip(*points), label=f"{name}: {key}")
+            if points := [(row["step"], row[key]) for row in rows if key in row]: axis.plot(*zip(*points), label=f"{name}: {key}")
         axis.set(xlabel="step", yscale="log" if keys[0] == "loss" else "linear")
         axis.legend()
     plt.savefig(out / "curves.png", bbox_inches="tight")

@@ -37,8 +37,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, logging
 
-from train_tokenizer import (COLORS, NUMBERS, PLURAL, SHAPES, VALIDATION, Images, article, batches, captions, decode, plan, render, shuffled,
-                             uniforms)
+from train_tokenizer import COLORS, NUMBERS, PLURAL, SHAPES, VALIDATION, Images, article, batches, captions, decode, plan, render, shuffled, uniforms
 from vqrae import (Log, Ranks, UserError, bench, check_finite, check_run, check_same, command_line, compile_parts, explained, full, hub_file,
                    ignore_signals, load_checkpoint, load_teacher, load_tokenizer, lr_factor, next_command, no_autocast, open_run, parse_config,
                    print_config, report, resize, save_checkpoint, split_batch, uniform)
@@ -111,7 +110,7 @@ PRESETS = {
     "config tiny, task understand": dict(max_length=192, weight_decay=0.05, lm_config=TINY_LM | dict(                                 # [ours]
         intermediate_size=384, num_attention_heads=4, num_key_value_heads=4, head_dim=32)),
     "config tiny, phase pretrain": dict(total_steps=60, warmup_steps=10, lr=3e-4),                                                    # [ours]
-    "config tiny, phase sft": dict(total_steps=1800, lr=1.5e-3),                                                                      # [ours]
+    "config tiny, phase sft": dict(total_steps=1500, lr=1e-3),                                                                        # [ours]
 }
 
 SHARED = {"config", "out_dir", "device", "tokenizer"}                         # flags that the next command takes over,
@@ -181,8 +180,7 @@ def layout(text_tokenizer, visual, texts, codes=None):
     that ends with BOI. T is the longest caption's length. Captions beyond max_length are cut."""
     encoded = text_tokenizer(texts, add_special_tokens=False).input_ids
     rows = [ids[:visual["max_length"] - visual["tokens"] - 2] + [visual["boi"]] for ids in encoded]
-    if codes is not None:
-        rows = [row + picture + [visual["eoi"]] for row, picture in zip(rows, (codes + visual["offset"]).tolist())]
+    if codes is not None: rows = [row + picture + [visual["eoi"]] for row, picture in zip(rows, (codes + visual["offset"]).tolist())]
     return pad_left(rows)
 
 def visual_logits(lm, hidden):                                                # (..., hidden)
@@ -325,8 +323,7 @@ def questions(index, scene):
             shape = drawn[i] if u[6] < 0.8 else SHAPES[int(u[7] * 6)]
             asked[f"how many {PLURAL[shape]} are there?"] = "counting", NUMBERS[drawn.count(shape)]
         alone = [o for o in dict.fromkeys((i, j)) if drawn.count(drawn[o]) == 1]       # only their shape tells which is meant
-        for o in alone:
-            asked[f"what color is the {drawn[o]}?"] = "color", things[o][0]
+        asked |= {f"what color is the {drawn[o]}?": ("color", things[o][0]) for o in alone}
         dx, dy = xs[i] - xs[j], ys[i] - ys[j]
         if u[8] < 0.3 and len(alone) == 2 and max(abs(dx), abs(dy)) > 8:
             across = abs(dx) > abs(dy)

@@ -5,7 +5,6 @@ Train the VQRAE tokenizer: the paper's two stages, and before them a stage 0 for
     python train_tokenizer.py --stage 2             everything, with self-distillation
     torchrun --nproc_per_node=8 train_tokenizer.py --config siglip2_256 --data 'FOLDER or shards-{000..127}.tar'
     ... --resume                                    go on after a stop (bit for bit on a CPU)
-    ... --stage 2 --init_from none --distill_weight 0                     Table 6, first row
     ... --quantizer none                            the RAE baseline; every field of TrainConfig and of VQRAEConfig is a flag
 
     stage 0   a stand-in for SigLIP2: the tiny encoder learns captions and objects      -> stage0.pt
@@ -437,8 +436,7 @@ def train(config, model_config, ranks):
             if perceptual:
                 with loss_amp: terms["perceptual"] = perceptual(target, X)
             if config.distill_weight and not frozen:
-                with torch.no_grad(), amp:
-                    teacher_Z_I = teacher(images)                             # (b, N, d)
+                with torch.no_grad(), amp: teacher_Z_I = teacher(images)      # (b, N, d)
                 terms["distill"] = distill_loss(Z_I, teacher_Z_I)                                                # eq. 5
             if adversarial:                                                   # it only judges here: no gradient of its own, so no DDP
                 discriminator.requires_grad_(False)
@@ -540,15 +538,12 @@ class Scene(NamedTuple):
     background: torch.Tensor    # (B, 3) RGB at the centre
     slope: torch.Tensor         # (B, 2) its change across and down the picture
 
-    @property
-    def present(self):          # (B, 4) bool
-        return torch.arange(4) < self.count[:, None]
+    present = property(lambda self: torch.arange(4) < self.count[:, None])    # (B, 4) bool
 
 def uniforms(index, n):
     """(B,) int64 -> (B, n) numbers in [0, 1), by the splitmix64 hash of (index, column)."""
     x = index.numpy()[:, None].astype(np.uint64) * 0x9E3779B97F4A7C15 + np.arange(1, n + 1, dtype=np.uint64) * 0xD1B54A32D192ED03
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
-        x = (x ^ (x >> shift)) * factor
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)): x = (x ^ (x >> shift)) * factor
     return torch.from_numpy((x >> 40).astype(np.float32)) / (1 << 24)
 
 def plan(index, task=None):

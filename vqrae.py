@@ -118,8 +118,7 @@ def timm_key(key):
                (r"embeddings\.cls_token", "cls_token"), (r"encoder\.layers?\.", "blocks."), (r"lambda_([12])", r"ls\1.gamma"),
                ("layernorm_before", "norm1"), ("layernorm_after", "norm2"), ("post_layernorm|layer_norm", "norm"),
                (r"(self_attn|attention)\.", "attn."), (r"attn\.(out_proj|projection_layer)", "attn.proj"))
-    for pattern, name in renames:
-        key = re.sub(pattern, name, key)
+    for pattern, name in renames: key = re.sub(pattern, name, key)
     return key
 
 def swap_encoder(mllm, encoder):
@@ -193,18 +192,6 @@ def nearest(z, codes, max_elements=1 << 23, candidates=6):
         found.append(few.gather(1, exact.argmin(1, keepdim=True))[:, 0])
     return torch.cat(found)
 
-class ChosenRows(torch.autograd.Function):
-    """Rows of C W, which the search has computed, with W's gradient through them: that of C[indices] @ W, whose product need not be taken again."""
-    @staticmethod
-    def forward(ctx, W, C, codes, indices):                                   # (e, e), (k, e), (k, e), (B, N) -> (B, N, e)
-        ctx.save_for_backward(C, indices)
-        return codes[indices]
-
-    @staticmethod
-    def backward(ctx, gradient):                                              # (B, N, e)
-        C, indices = ctx.saved_tensors
-        return gradient.flatten(0, -2).T @ C[indices.flatten()], None, None, None
-
 class SimVQ(nn.Module):
     """SimVQ (Zhu et al. 2024), eq. 1: the codes are C W with C frozen and only W learned, so that one used code moves all of them and none
     is left behind to die. forward's z_q has exactly the codes' values, and hands its gradient straight to z."""
@@ -217,9 +204,10 @@ class SimVQ(nn.Module):
     def forward(self, z):                 # (B, N, e) -> z_q (B, N, e), indices (B, N) int64, loss (scalar, eq. 3)
         with no_autocast(z):                                                  # distances in float32, whatever the rest is in
             z = full(z)
-            with torch.no_grad(): codes = self.proj(self.codebook)            # C W (k, e)
+            codes = self.proj(self.codebook)                                  # C W (k, e)
             indices = nearest(z.flatten(0, 1), codes).view(z.shape[:-1])      # (B, N)
-            z_q = ChosenRows.apply(self.proj.weight, self.codebook, codes, indices)           # (B, N, e)
+            # (B, N, e): W learns through the chosen rows, taken once more, or where these are many through all of C W, whichever is less work
+            z_q = self.lookup(indices) if 2 * indices.numel() < len(codes) else F.embedding(indices, codes)
             loss = F.mse_loss(z_q, z.detach()) + self.beta * F.mse_loss(z, z_q.detach())
         return z_q.detach() + (z - z.detach()), indices, loss     # straight through: z_q's value, z's gradient. z + (z_q - z).detach() would round
 
@@ -576,8 +564,7 @@ def bench(config, ranks, network):
     for kind in ("flash_attention", "cudnn_attention", "efficient_attention", "flash_attention_for_cpu"):     # 2.11 knows no shared keys
         attention[getattr(aten, f"_scaled_dot_product_{kind}")] = lambda q, k, *_, **__: 2 * product(q, k)
         attention[getattr(aten, f"_scaled_dot_product_{kind}_backward")] = lambda _, q, k, *__, **___: 5 * product(q, k)
-    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False, custom_mapping=attention) as counter:
-        yield False
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False, custom_mapping=attention) as counter: yield False
     yield from [False, False]                                                 # the warm-up
     if cuda:
         torch.cuda.synchronize()
