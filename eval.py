@@ -28,7 +28,7 @@ from vqrae import (Ranks, SimVQ, UserError, as_file, build_lpips, check_least, c
 @dataclass
 class EvalConfig:
     tokenizers: tuple = ()                # tokenizer folders; none: out_dir/tokenizer
-    config: Literal["tiny", "siglip2_base_256", "siglip2_256", "siglip2_512", "internvit_448"] = "tiny"  # whose run folder
+    config: str = "tiny"                  # whose run folder: a key of vqrae.MODELS
     data: str = "shapes"                  # shapes, a folder of images, or 'shards-{000..127}.tar'
     part: Literal["all", "val"] = "all"   # of a folder or shards; val: those that training without --val_data held out
     num_images: int = 0                   # as many of them, evenly spread, or all if there are fewer; 0: 2048, 512 with --vqa or --generation
@@ -42,7 +42,7 @@ class EvalConfig:
     vqa: bool = False                     # instead: questions about the shapes world, answered by out_dir's MLLM on each tokenizer's features
     generation: bool = False              # instead: score out_dir's generator on prompts of the shapes world
     curves: bool = False                  # instead: draw loss, PSNR and codebook usage from out_dir's logs
-    guidance: float = SampleConfig.guidance  # of its pictures, see sample.py, whose presets hold here too
+    guidance: float = SampleConfig.guidance  # of its pictures, see sample.py, whose presets hold here too; all codes, no top_k
     temperature: float = SampleConfig.temperature  # of its pictures
     top_p: float = SampleConfig.top_p     # of its pictures
 
@@ -50,7 +50,8 @@ class EvalConfig:
         self.out_dir = self.out_dir or f"out/{self.config}"
         self.num_images = self.num_images or (512 if self.generation or self.vqa else 2048)
         if 0 < self.size < 7: raise UserError(f"--size {self.size}: at least 7, the window of SSIM")
-        check_least(self, num_images=24 if self.generation else 2, batch_size=1, size=0)
+        check_least(self, num_images=24 if self.generation else 2, batch_size=1, size=0, num_workers=0)
+        if self.vqa + self.generation + self.curves > 1: raise UserError("--vqa, --generation and --curves: one at a time")
 
 # ---- Reconstruction -------------------------------------------------------------------------------------------------
 def ssim(x, y, data_range=1.0):
@@ -120,7 +121,8 @@ def reconstruction(model, nets, dataset, positions, config, ranks):
         out |= dict(objects_right=right / present, objects_right_originals=originals / present, objects_right_held_out=right_unseen / max(1, unseen))
     small = [name for name in names if n < (2048 if name == "rfid" else 2 * model.config.dim)]
     out["reasons"] = dict(few_images=f"{n} images are too few for a steady {' and '.join(small)}") if small else {}
-    if dataset and dataset.skipped: out["reasons"]["skipped"] = f"{len(dataset.skipped)} unreadable images: those after them are scored twice"
+    if dataset and (skipped := ranks.sum(torch.tensor(len(dataset.skipped))).item()):
+        out["reasons"]["skipped"] = f"{skipped} unreadable images: those after them are scored twice"
     out["protocol"] = (f"{config.data}: {n} images, shorter edge to {dataset.size if dataset else native} px (bicubic, antialiased), centre crop; "
                        f"reconstructed at {native} px, scored at {size} px, clamped and rounded to 8 bits; PSNR per image, then mean; "
                        f"reference set: the same images")

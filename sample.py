@@ -28,7 +28,7 @@ from vqrae import Ranks, UserError, check_least, command_line, explained, full, 
 
 @dataclass
 class SampleConfig:
-    config: Literal["tiny", "siglip2_base_256", "siglip2_256", "siglip2_512", "internvit_448"] = "tiny"  # whose presets and run folder
+    config: str = "tiny"                  # whose presets and run folder: a key of vqrae.MODELS
     out_dir: str = ""                     # the run's folder; "": out/CONFIG
     tokenizer: str = ""                   # folder of the VQRAE tokenizer; "": out_dir/tokenizer
     device: str = ""                      # cuda, mps or cpu; "": the first of them that is there
@@ -57,7 +57,7 @@ class SampleConfig:
         self.out_dir = self.out_dir or f"out/{self.config}"
         self.tokenizer = self.tokenizer or f"{self.out_dir}/tokenizer"
         if sum(map(bool, (self.prompt or self.prompts, self.geneval, self.dpg, self.ask))) != 1 or bool(self.ask) != bool(self.image):
-            raise UserError("give --prompt CAPTION (repeatable) and --prompts FILE, or --geneval FILE, or --dpg DIR, or --image FILE and --ask TEXT")
+            raise UserError("nothing to do, or too much: --prompt TEXT, --prompts FILE, or --geneval FILE, or --dpg DIR, or --image FILE --ask TEXT")
         check_least(self, batch_size=1, num_images=0, resolution=0, top_k=0)
         if self.dpg and self.num_images not in (0, 4): raise UserError("--dpg makes four pictures a prompt: leave --num_images out")
         check_options(self.guidance, self.temperature, self.top_p)
@@ -81,8 +81,8 @@ def choose(logits, u, temperature, top_k, top_p):
     return torch.searchsorted(below, u[:, None] * below[:, -1:], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
 
 def attend(module, q, k, v, allowed, scaling, **_):
-    """Attention of q (R, H, L, a) to the first n of the cache's k and v (R, h, length, a), where `allowed` (R, 1, L, n). Heads that share keys
-    become more queries of one, and nothing is copied; for a query or two products are faster than kernels made for many. -> (R, L, H, a)"""
+    """Attention of q (R, H, L, a) to the first n of the cache's k and v (R, h, length, a), where `allowed` (R, 1, L, n); a: a head's width. Query
+    heads that share keys count as more queries, so no key is copied. Plain products: fused kernels are slow for so few. -> (R, L, H, a)"""
     k, v = (t[:, :, :allowed.shape[-1]] for t in (k, v))                      # (R, h, n, a)
     grouped = (q * scaling).reshape(*k.shape[:2], -1, q.shape[-1])            # (R, h, H / h * L, a)
     scores = (grouped @ k.transpose(2, 3)).unflatten(2, (-1, q.shape[2]))               # (R, h, H / h, L, n)
@@ -91,17 +91,16 @@ def attend(module, q, k, v, allowed, scaling, **_):
 AttentionInterface.register("attend", attend)
 
 def step(lm, ids, positions, allowed, cache, guidance):
-    """Read ids (R, L) after what `cache` holds -> logits of the next code (B, k). allowed: (R, 1, L, n) bool, of the cache's first n places.
-    Guided, R = 2 B: c above u. The head is linear: mixed before it, half the rows go through."""
-    x = lm.model(ids, dict(full_attention=allowed), positions, cache, use_cache=True)     # the cache by place: transformers 5 renames it
-    x = x.last_hidden_state[:, -1]                                            # (R, hidden)
+    """Read ids (R, L) after what `cache` holds -> logits of the next code (B, k). allowed: (R, 1, L, n) bool, of the cache's first n places."""
+    # The cache by position: its name has changed within transformers 5. A dict of masks: transformers makes none of its own.
+    x = lm.model(ids, dict(full_attention=allowed), positions, cache, use_cache=True).last_hidden_state[:, -1]     # (R, hidden)
     if guidance != 1:
-        c, u = x.chunk(2)
-        x = u + guidance * (c - u)                                            # (B, hidden)
+        c, u = x.chunk(2)                                                     # R = 2 B. Mixed before the head, which is linear,
+        x = u + guidance * (c - u)                                            # half the rows go through it: (B, hidden)
     return full(visual_logits(lm, x))
 
-@functools.lru_cache(maxsize=1)                   # compiled code wants its own tensors again; another size, another cache
-def cache_and_step(lm, rows, length, compiled):
+@functools.lru_cache(maxsize=1)                   # compiled code wants its own tensors again
+def cache_and_step(lm, length, compiled, *_):     # _: rows, type and device; for others another cache
     """Keys and values in one allocation: a compiled step needs it, and transformers' growing cache copies all of them at each token."""
     return StaticCache(config=lm.config, max_cache_len=length), torch.compile(step, mode="reduce-overhead", fullgraph=True) if compiled else step
 
@@ -109,30 +108,31 @@ def cache_and_step(lm, rows, length, compiled):
 def generate(lm, text_tokenizer, prompts, seeds, guidance=1.0, temperature=1.0, top_k=0, top_p=1.0, width=0, compiled=False, bar=None):
     """B captions and B seeds -> codes (B, N) int64. "" is the unconditional prompt. See SampleConfig for the options' ranges.
     width: columns for the captions, if more than the longest needs (equal shapes spare compilations). compiled: with
-    torch.compile, worth it on a GPU. bar: a tqdm, that counts codes. Raises UserError on an option out of range."""
+    torch.compile, worth it on a GPU. bar: a tqdm, that counts codes. Raises UserError on guidance, temperature or top_p out of range."""
     check_options(guidance, temperature, top_p)
     visual, device, B, N = lm.config.visual, lm.device, len(prompts), lm.config.visual["tokens"]
     chance = torch.stack([uniform(seed, N) for seed in seeds]).to(device)     # (B, N): the only randomness
-    ids, mask = layout(text_tokenizer, visual, [*prompts, *[""] * B * (guidance != 1)])
-    ids, mask = (F.pad(t, (max(0, width + 1 - t.shape[1]), 0)).to(device) for t in (ids, mask))
-    R, T = ids.shape                                                          # R = 2 B when guided
+    texts = [*prompts, *[""] * B * (guidance != 1)]
+    ids, mask = (F.pad(t, (max(0, width + 1 - t.shape[1]), 0)).to(device) for t in layout(text_tokenizer, visual, texts))
+    R, T = ids.shape                                                          # R = 2 B when guided; T: captions and BOI
     length = T + N - 1                                                        # the last code is drawn, not read
     at = torch.arange(length, device=device)
     seen = torch.cat([mask.bool(), torch.ones(R, N - 1, dtype=torch.bool, device=device)], 1)           # (R, length)
     allowed = (seen[:, None, None, :T] & (at[:T] <= at[:T, None])) | (at[:T] == at[:T, None])  # (R, 1, T, T); padding sees itself, else NaN
     positions = (mask.cumsum(1) - 1).clamp(min=0)                             # (R, T): padding does not count
-    cache, run = cache_and_step(lm, R, length, compiled)
+    cache, run = cache_and_step(lm, length, compiled, R, lm.dtype, device)
     cache.reset()
     usual, codes = lm.config._attn_implementation, []
     lm.set_attn_implementation("attend")
-    for n in range(N):
-        logits = (step if n == 0 else run)(lm, ids, positions, allowed, cache, guidance)              # (B, k)
-        codes.append(choose(logits, chance[:, n], temperature, top_k, top_p))
-        ids = (codes[-1] + visual["offset"]).repeat(R // B)[:, None]          # (R, 1)
-        positions = positions[:, -1:] + 1
-        allowed = (seen & (at <= T + n))[:, None, None, :length if compiled else T + n + 1]     # (R, 1, 1, filled places, or, for one shape, all)
-        if bar is not None: bar.update(B)
-    lm.set_attn_implementation(usual)
+    try:
+        for n in range(N):
+            logits = (step if n == 0 else run)(lm, ids, positions, allowed, cache, guidance)          # (B, k)
+            codes.append(choose(logits, chance[:, n], temperature, top_k, top_p))
+            ids = (codes[-1] + visual["offset"]).repeat(R // B)[:, None]      # (R, 1)
+            positions = positions[:, -1:] + 1
+            allowed = (seen & (at <= T + n))[:, None, None, :length if compiled else T + n + 1]         # (R, 1, 1, n): what is filled, or one shape
+            if bar is not None: bar.update(B)
+    finally: lm.set_attn_implementation(usual)
     return torch.stack(codes, 1)                                              # (B, N)
 
 # ---- Z_I -> answers -------------------------------------------------------------------------------------------------
@@ -145,7 +145,6 @@ def answer(mllm, text_tokenizer, Z_I, questions, max_new_tokens=64):
                            eos_token_id=text_tokenizer.eos_token_id, pad_token_id=0)
     return [text.strip() for text in text_tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
-@torch.no_grad()
 def converse(config, device):
     """Answer --ask about --image, with the tokenizer's own encoder in the place of the VFM that the MLLM was trained on."""
     mllm, text_tokenizer, tokenizer = load_mllm(config.out_dir, config.tokenizer, device, config.dtype)
@@ -175,16 +174,15 @@ def read_jobs(config):
     elif config.dpg:                              # OUT/NAME.png, four pictures in two rows
         prompts = {file: " ".join(" ".join(read(file)).split()) for file in sorted(Path(config.dpg).glob("*.txt"))}
         jobs = [Job(prompt, seeds(prompt), out / f"{file.stem}.png", str(file)) for file, prompt in prompts.items()]
-        if not jobs: raise UserError(f"--dpg {config.dpg}: no folder with .txt prompts (DPG-Bench's dpg_bench/prompts)")
     else:
         prompts = [(" ".join(p.split()), f"--prompt {p[:40]!r}") for p in config.prompt or []]
         if config.prompts:
             prompts += [(" ".join(line.split()), f"{config.prompts}, line {i}") for i, line in enumerate(read(config.prompts), 1) if line.strip()]
-        if not prompts: raise UserError(f"--prompts {config.prompts}: no caption in it; write one a line")
-        for prompt, where in prompts:
+        for prompt, where in dict(prompts).items():                           # each caption once
             tail = "" if re.fullmatch(r"[\w ]{0,60}", prompt) else f"-{zlib.crc32(prompt.encode()):08x}"      # where the name loses some of it
             name = re.sub(r"\W+", "-", prompt)[:60].strip("-") + tail
             jobs += [Job(prompt, [seed], out / f"{name}-{config.seed + j}.png", where) for j, seed in enumerate(seeds(prompt))]
+    if not jobs: raise UserError(f"no caption in {config.geneval or config.dpg or config.prompts} (--dpg: a folder of .txt files, else one a line)")
     return out, jobs
 
 def check_text(text, where, text_tokenizer, room):

@@ -25,6 +25,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from transformers import LlamaConfig
 
 import eval as evaluation
 import sample
@@ -660,7 +661,7 @@ def test_no_readable_image_is_an_error(tmp_path):
 
 
 def test_captions_and_classes(folder):
-    (folder / "a" / "metadata.jsonl").write_text(json.dumps(dict(file_name="00.png", text="zero", label="cat")) + "\n")
+    (folder / "a" / "metadata.jsonl").write_text(json.dumps(dict(file_name="00.png", text="zero", label="cat")) + '\n{"file_name": "02.png", "label": null}\n')
     (folder / "b" / "01.txt").write_text("one\n")
     items = {item["name"][-6:-4]: item for item in map(tt.Images(str(folder), 32, train=False).__getitem__, range(24))}
     assert (items["00"]["text"], items["00"]["label"]) == ("zero", "cat")
@@ -1125,7 +1126,8 @@ def test_generator_end_to_end(trained):
     run(*flags, "--total_steps", 9, "--resume")
     rows = [json.loads(line) for line in (out / "log_ar.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 10)) and math.isfinite(rows[-1]["val_loss"])
-    run("sample.py", "--out_dir", out, "--prompt", "a red circle left of a blue square", "--prompt", "four stars", "--device", "cpu")
+    said = run("sample.py", "--out_dir", out, *["--prompt", "a red circle left of a blue square"] * 2, "--prompt", "four stars", "--device", "cpu")
+    assert "2 pictures or grids" in said                                      # each caption once
     assert Image.open(out / "samples" / "four-stars-0.png").size == (32, 32)
     assert "never learned the word" in run("sample.py", "--out_dir", out, "--prompt", "a mauve circle", fails=True)
 
@@ -1139,6 +1141,14 @@ def test_generator_end_to_end(trained):
     want = lm.generate(input_ids=ids, attention_mask=mask, max_new_tokens=16, do_sample=False, suppress_tokens=list(range(offset)))[:, -16:] - offset
     assert torch.equal(sample.generate(lm, text_tokenizer, prompts, [0, 0, 0], temperature=0), want)
     assert tokenizer.detokenize(together).shape == (3, 3, 32, 32)
+    assert sample.generate(lm.bfloat16(), text_tokenizer, prompts, [1, 2, 3], **options).shape == (3, 16)             # the cache follows the type
+
+    class Stop:
+        def update(self, _):
+            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        sample.generate(lm, text_tokenizer, prompts, [1, 2, 3], bar=Stop())
+    assert lm.config._attn_implementation == "sdpa"                           # as it was
 
 
 def test_heads_that_share_keys_attend_without_copies():
@@ -1193,10 +1203,11 @@ def test_checkpointing_changes_nothing_but_memory(trained, tmp_path):
 
 def test_generator_on_two_ranks_equals_one(trained, tmp_path):
     out, _ = trained
-    flags = ["train_ar.py", "--tokenizer", out / "tokenizer", "--batch_size", 4, "--total_steps", 4, "--log_every", 1, "--val_images", 8, "--device", "cpu",
+    flags = ["train_ar.py", "--tokenizer", out / "tokenizer", "--batch_size", 4, "--end_lr", 4e-3, "--log_every", 1, "--val_images", 8, "--device", "cpu",
              "--precision", "float64"]
-    run(*flags, "--out_dir", tmp_path / "one")
-    run(*flags, "--out_dir", tmp_path / "two", ranks=2)
+    run(*flags, "--total_steps", 4, "--out_dir", tmp_path / "one")
+    run(*flags, "--total_steps", 2, "--out_dir", tmp_path / "two", ranks=2)
+    run(*flags, "--total_steps", 4, "--out_dir", tmp_path / "two", "--resume", ranks=2)             # each rank's moments are read back
     one, two = (losses(tmp_path / name / "log_ar.jsonl") for name in ("one", "two"))
     assert one.keys() == two.keys() and all(abs(one[step] - two[step]) < 1e-9 for step in one)
 
@@ -1285,6 +1296,8 @@ def test_understanding_end_to_end(trained, tmp_path):
     moved = [{name.split(".")[0] for name in state if not torch.equal(state[name], before[name])} for before, state in ((fresh, states[0]), states)]
     assert moved == [{"connector"}, {"connector", "lm"}]
     assert all(not p.requires_grad for p in task.encoder.parameters())
+    assert "nowhere is not a tokenizer folder" in run_inside(*map(str, flags), "--overwrite", "--tokenizer", "nowhere")
+    assert (out / "mllm/sft.pt").exists()                                     # nothing is lost by a mistake
     run(*flags, "--total_steps", 5, "--resume")                               # SFT goes on, pretraining is over
     assert losses(out / "log_sft.jsonl").keys() == {1, 2, 3, 4, 5} and losses(out / "log_pretrain.jsonl").keys() == {1, 2, 3}
 
@@ -1292,7 +1305,8 @@ def test_understanding_end_to_end(trained, tmp_path):
     Image.new("RGB", (50, 40), "red").save(file)
     assert "how many rings are there?" in run("sample.py", "--out_dir", out, "--image", file, "--ask", "how many rings are there?", "--device", "cpu")
     for argv, message in [(["--image", str(out / "stage1.pt"), "--ask", "how many rings are there?"], "cannot be read as an image"),
-                          (["--image", str(file), "--ask", "how many zebras are there?"], "never learned the word 'zebras'"), (["--image", str(file)], "nothing to do")]:
+                          (["--image", str(file), "--ask", "how many zebras are there?"], "never learned the word 'zebras'"), (["--image", str(file)], "nothing to do"),
+                          (["--geneval", os.devnull], "no caption in"), (["--dpg", str(tmp_path)], "no caption in"), (["--prompts", os.devnull], "no caption in")]:
         assert message in run_inside("sample.py", "--out_dir", str(out), "--device", "cpu", *argv)
     run("eval.py", out / "tokenizer-stage1", out / "tokenizer", "--vqa", "--num_images", 16, "--out_dir", out)
     found = json.loads((out / "vqa.json").read_text())
@@ -1309,6 +1323,7 @@ def test_understanding_end_to_end(trained, tmp_path):
     flags = [*map(str, flags[1:]), "--data", str(tmp_path / "data.json"), "--total_steps", "2", "--overwrite"]
     for rows, message in [([row] * 30 + [dict(conversations=[])], "no error"), ([dict(row, image="none.png")] * 30, "no file"), ("{", "not LLaVA's JSON"),
                           ([dict(row, conversations=row["conversations"][:1])] * 30, "not LLaVA's JSON"),
+                          ([dict(row, conversations=[{"value": None}, {"value": "yes"}])] * 30, "not LLaVA's JSON"),
                           ([dict(row, conversations=[{"value": "is it?"}, {"value": "yes"}])] * 30, "exactly once"), ([row], "too small to hold")]:
         (tmp_path / "data.json").write_text(rows if isinstance(rows, str) else json.dumps(rows))
         assert message in run_inside("train_ar.py", *flags)
@@ -1352,16 +1367,22 @@ def test_bad_input_gets_one_line_and_harms_nothing(trained, folder, tmp_path):
             (new + ["--init_from", str(tmp_path / "none")], "names a run that has one"), (new + ["--data", str(tmp_path / "none")], "no such folder"), (new + ["--data", str(tmp_path / "empty")], "no images in it"),
             (new + ["--batch_size", "6", "--micro_batch", "4"], "multiple"), (new + ["--perceptual", "lpips", "--lpips_weights", "none.pt"], "no file none.pt"),
             (new + ["--encoder", "no_such_vit"], "timm cannot build no_such_vit"), (new + ["--device", "cuda:9"], "--device cuda:9"),
+            (new + ["--clip", "0"], "--clip is at least"), (new + ["--data", str(tmp_path / "x-{5..2}.tar")], "no readable shard"),
             (new + ["--encoder_weights", "none.pt"], "no file none.pt"), (new + ["--stage", "0", "--encoder_weights", "random"], "stage 0 is for")]:
         said = run_inside("train_tokenizer.py", *WEE, *flags)
         assert message in said and "\n" not in said, said
     said = run("train_tokenizer.py", *WEE, *new, *stage2, fails=True)         # and once for real
     assert said.strip().splitlines()[-1].startswith("error: stage 2 starts from") and "Traceback" not in said
     for flags, message in [([str(tmp_path)], "is not a tokenizer folder"), (["--data", "nowhere", str(out / "tokenizer")], "no such folder"),
-                           (["--size", "5"], "at least 7"), (["--num_images", "2", str(out / "tokenizer")], "no error")]:
+                           (["--size", "5"], "at least 7"), (["--vqa", "--generation"], "one at a time"), (["--num_workers", "-1"], "--num_workers is at least 0"),
+                           (["--num_images", "2", str(out / "tokenizer")], "no error")]:
         assert message in run_inside("eval.py", *flags, "--out_dir", str(tmp_path))
+    llama = train_ar.AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1))
+    llama.save_pretrained(tmp_path / "llama")
+    train_ar.word_tokenizer(["a word"]).save_pretrained(tmp_path / "llama")
     for flags, message in [(["--lm", "./nowhere"], "neither a folder nor a name"), (["--lm_config", "5"], "JSON of Qwen3Config's values, not 5"),
-                           (["--lm_config", '{"hidden_sise": 8}'], "it has no hidden_sise"), (["--lm_config", '{"hidden_size": "x"}'], "not {'hidden_size': 'x'}")]:
+                           (["--lm_config", '{"hidden_sise": 8}'], "it has no hidden_sise"), (["--lm_config", '{"hidden_size": "x"}'], "not {'hidden_size': 'x'}"),
+                           (["--lm", str(tmp_path / "llama")], "is no Qwen3"), (["--eps", "-1"], "--eps is at least 0")]:
         said = run_inside("train_ar.py", *flags, *new, "--tokenizer", str(out / "tokenizer"))
         assert message in said and "\n" not in said, said
     assert before == {path.name: path.read_bytes() for path in out.glob("*.pt")} and not (tmp_path / "harm").exists()

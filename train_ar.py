@@ -48,7 +48,7 @@ logging.disable_progress_bar()
 # ---- Configuration. Defaults are the paper's generator. Sources: [T9] the paper's Table 9, [LlamaGen], [ours].
 @dataclass
 class ARConfig:
-    config: Literal["tiny", "siglip2_base_256", "siglip2_256", "siglip2_512", "internvit_448"] = "tiny"  # whose presets and run folder
+    config: str = "tiny"                  # whose presets and run folder: a key of vqrae.MODELS
     task: Literal["generate", "understand"] = "generate"  # write pictures, or answer questions about them
     phase: Literal["", "pretrain", "sft"] = ""  # [T8] of understanding: connector on captions, then LLM too on conversations; "": both
     data: str = "shapes"                  # shapes; generate: folder of captioned images or 'shards-{000..127}.tar'; understand: LLaVA's JSON
@@ -92,7 +92,7 @@ class ARConfig:
     val_images: int = 256                 # [ours] images a validation
 
     def __post_init__(self):
-        check_run(self)
+        check_run(self, eps=0)
         self.tokenizer = self.tokenizer or f"{self.out_dir}/tokenizer"
         if not 0 <= self.caption_drop <= 1: raise UserError(f"--caption_drop is a share between 0 and 1, not {self.caption_drop}")
         if self.phase and self.task == "generate": raise UserError(f"--phase {self.phase} is of --task understand")
@@ -121,8 +121,7 @@ CARRIED = SHARED | {"lm", "lm_config", "micro_batch", "num_workers", "precision"
 BOI, EOI = "<|vision_start|>", "<|vision_end|>"   # Qwen3's own names; other text tokenizers are given them
 PAD, UNKNOWN, END, IMAGE = "<pad>", "<unk>", "</s>", -1       # IMAGE: one feature of Z_I among the ids
 
-def identity(folder, name="model.safetensors"):   # what tells one trained tokenizer from another: a hash of its weights
-    return hashlib.sha256(np.memmap(Path(folder) / name, mode="r")).hexdigest()[:16]
+def identity(folder, name="model.safetensors"): return hashlib.sha256(np.memmap(Path(folder) / name, mode="r")).hexdigest()[:16]      # of its weights
 
 def word_tokenizer(texts):
     """A text tokenizer of the words and punctuation marks in `texts`, in lower case."""
@@ -169,8 +168,7 @@ def grow_vocabulary(lm, text_tokenizer, tokenizer, which, max_length):
     boi, eoi = text_tokenizer.convert_tokens_to_ids([BOI, EOI])
     lm.config.visual = dict(offset=offset, codes=codes, tokens=tokenizer.config.num_tokens, boi=boi, eoi=eoi, max_length=max_length, tokenizer=which)
 
-def pad(rows, side):                              # B lists of different lengths -> (B, L), zeros on that side
-    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_side=side)
+def pad(rows, side): return nn.utils.rnn.pad_sequence([*map(torch.tensor, rows)], batch_first=True, padding_side=side)   # B lists -> (B, L)
 
 def pad_left(rows):                               # B lists of ids -> ids and mask, (B, L) each: masked there, any id will do
     return pad(rows, "left"), pad([[1] * len(row) for row in rows], "left")
@@ -286,7 +284,7 @@ class Conversations(Images):
         with explained(f"{file}: not LLaVA's JSON, a list of objects with image and conversations, human and gpt in turn"):
             rows = json.loads(Path(file).read_text("utf-8"))
             pairs = [(row["image"], zip(row["conversations"][::2], row["conversations"][1::2], strict=True)) for row in rows if "image" in row]
-            records = [dict(name=folder / name, turns=[(asked["value"], said["value"]) for asked, said in turns]) for name, turns in pairs]
+            records = [dict(name=folder / name, turns=[(q["value"].strip(), a["value"].strip()) for q, a in turns]) for name, turns in pairs]
         if len(records) < len(rows): print(f"{file}: {len(rows) - len(records)} conversations have no image and are left out")
         for number, record in enumerate(records):
             marks, where = sum(question.count("<image>") for question, _ in record["turns"]), f"{file}, conversation {number} with an image"
@@ -371,10 +369,12 @@ class Generate:
         if config.max_length < (least := self.tokenizer.config.num_tokens + 3):
             raise UserError(f"--max_length {config.max_length} has no room for a picture, its two marks and a caption: at least {least}")
         self.draw = functools.cache(self.draw)
+        made = build_lm(config, []) if config.lm != "random" else None        # first, for the codes of all data may take hours
+        if made and made[0].config.model_type != "qwen3": raise UserError(f"--lm {config.lm} is no Qwen3, which --task generate is made for")
         self.data = open_codes(config.data, "train", config, self.tokenizer, self.which, ranks)
         self.val = open_codes(config.val_data or config.data, "val", config, self.tokenizer, self.which, ranks)
         texts = captions(plan(torch.arange(10_000))) if self.data is None else self.fetch(range(len(self.data)))[1] if config.lm == "random" else []
-        self.lm, self.text_tokenizer = build_lm(config, texts)
+        self.lm, self.text_tokenizer = made or build_lm(config, texts)
         grow_vocabulary(self.lm, self.text_tokenizer, self.tokenizer, self.which, config.max_length)
         self.net, self.visual = PictureLM(self.lm), self.lm.config.visual
 
@@ -384,7 +384,7 @@ class Generate:
             n = len(positions)
             first = positions[0] if val else positions[0] % max(n, REPEAT // n * n)
             return self.draw(range(first, first + n))
-        found = rows[[p if val else shuffled(p, len(rows), self.config.seed) for p in positions]]
+        found = rows[[shuffled(p, len(rows), 0 if val else self.config.seed) for p in positions]]      # validation too: files are sorted
         return torch.from_numpy(found["codes"].astype(np.int64)), [text.decode("utf-8", "ignore") for text in found["text"]]
 
     def draw(self, positions):                                                # the same of shapes; kept
@@ -510,6 +510,7 @@ def train(config, ranks):
         with explained(f"{path} is of another language model than --lm and --lm_config make"): task.net.load_state_dict(resumed["model"])
         resumed["optimizer"]["param_groups"][0].update(how)                   # rates and the like are this run's
         optimizer.load_state_dict(resumed["optimizer"])
+        if ranks.size > 1: optimizer.state.clear()                            # ZeRO's load keeps this rank's share twice
         del resumed                                                           # it holds as much as model and optimiser
     if config.checkpointing: task.lm.gradient_checkpointing_enable(dict(use_reentrant=False))
     if config.compile: compile_parts(task.lm, vars(task).get("encoder"))
@@ -521,7 +522,7 @@ def train(config, ranks):
     bar = tqdm(range(first_step, config.total_steps + 1), config.phase or "generator", config.total_steps, initial=first_step, unit="step",
                disable=not ranks.first)                                       # the last round only validates and saves
     if config.bench: stream, timed = itertools.repeat(next(stream)), bench(config, ranks, task.net)
-    else: ranks.begin(path if config.overwrite else None)
+    else: ranks.begin(*[path, *[folder / "sft.pt"] * ("phase" not in config.given)] * config.overwrite)     # both phases: else the old SFT is resumed
     for step in bar:
         if config.bench and next(timed): return
         # Once in a while: validate, save.
@@ -576,7 +577,6 @@ def main():
     ranks, phases, given = Ranks(config.device), [config.phase], config.given
     if config.task == "understand" and not config.phase:
         phases = ["sft"] if config.resume and (Path(config.out_dir) / "mllm/sft.pt").exists() else ["pretrain", "sft"]
-        if config.overwrite and not config.bench and ranks.first: Path(config.out_dir, "mllm/sft.pt").unlink(missing_ok=True)   # else resumed
     for phase in phases:
         config, _, origin = parse_config(ARConfig, PRESETS, argv=[*sys.argv[1:], "--phase", phase])
         config.resume = config.resume and phase == phases[0]                  # what comes after it was not begun

@@ -33,7 +33,7 @@ from vqrae import (MODELS, VQRAE, Discriminator, Encoder, Log, PerceptualLoss, R
 # ---- Configuration. Defaults: stage 1 of SigLIP2-so400m 256. Sources: [T7] the paper's Table 7, [TiTok] inherited from the code it adapts, [ours].
 @dataclass
 class TrainConfig:
-    config: Literal["tiny", "siglip2_base_256", "siglip2_256", "siglip2_512", "internvit_448"] = "tiny"  # model and its presets
+    config: str = "tiny"                  # model and its presets: a key of vqrae.MODELS
     stage: Literal[0, 1, 2] = 1           # 0: pretrain tiny's stand-in VFM, 1: encoder frozen, 2: all
     data: str = "shapes"                  # shapes, a folder of images, or 'shards-{000..127}.tar'
     val_data: str = ""                    # the same for validation; "": every 20th image of a folder is held out
@@ -184,7 +184,7 @@ def read_folder(folder):
     for path in files:
         row, beside = captions.get(path, {}), path.with_suffix(".txt")
         text = row["text"] if row.get("text") is not None else (str(beside), 0, -1) if beside.is_file() else ""
-        label = row.get("label", path.parent.name if path.parent != folder else "")
+        label = row["label"] if row.get("label") is not None else path.parent.name if path.parent != folder else ""
         records.append(dict(name=str(path), image=(str(path), 0, -1), text=text, label=str(label)))
     return records
 
@@ -194,7 +194,8 @@ class Shards:
     def __init__(self, pattern, index_dir):
         self.paths = [pattern]
         while match := re.search(r"\{(\d+)\.\.(\d+)\}", self.paths[0]):
-            numbers = [str(n).zfill(len(match[1])) for n in range(int(match[1]), int(match[2]) + 1)]
+            low, high = sorted(map(int, match.groups()))
+            numbers = [str(n).zfill(len(match[1])) for n in range(low, high + 1)]
             self.paths = [path.replace(match[0], number, 1) for path in self.paths for number in numbers]
         facts = [(path, os.path.exists(path) and (os.path.getsize(path), os.path.getmtime(path))) for path in self.paths]
         file = Path(index_dir) / f"index-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.npy"
@@ -404,8 +405,9 @@ def train(config, model_config, ranks):
                disable=not ranks.first)                                       # the last round only validates and saves
     weights = dict(l2=config.l2_weight, perceptual=config.perceptual_weight, quant=1.0, distill=config.distill_weight, adversarial=config.disc_weight)
     stop, warned, floor = False, False, config.end_lr / config.lr
+    unreadable = lambda: ranks.sum(torch.tensor(len(data.skipped))).item() if data else 0
     if config.bench: stream, timed = itertools.repeat(next(stream)), bench(config, ranks, model)
-    else: ranks.begin(path if config.overwrite else None)
+    else: ranks.begin(*[path] * config.overwrite)
 
     for step in bar:
         if config.bench and next(timed): return
@@ -473,13 +475,14 @@ def train(config, model_config, ranks):
             (usage, perplexity, _), counts = code_usage(ranks.sum(counts)), torch.zeros_like(counts)
             codes = dict(codebook_usage=usage, perplexity=perplexity) if model.quantizer else {}
             rate = config.batch_size * (bar.format_dict["rate"] or 0)
-            log(step=step + 1, **sums, lr=config.lr * factor(0), images_per_s=rate, **codes, skipped=len(data.skipped) if data else 0)
+            log(step=step + 1, **sums, lr=config.lr * factor(0), images_per_s=rate, **codes, skipped=unreadable())
             shown = f"codes {usage:.0%}, " if codes else ""
             bar.set_postfix_str(f"loss {sums['loss']:.4f}, PSNR {-10 * math.log10(sums['l2']):.1f}, {shown}{rate:.0f} images/s")
             if codes and usage < 0.1 and step > config.warmup_steps and not warned:
                 warned = True
                 ranks.say(f"\nwarning: only {usage:.1%} of the codes are in use. Try a larger --codebook_dim (at least {model_config.dim}), "
                           f"a longer --warmup_steps, a lower --lr, or a smaller --codebook_size")
+    skipped = unreadable()
     if stop and not last:
         ranks.say(f"stopped at step {step}, all saved. Go on with: {next_command(sys.argv[0], config, resume=True)}")
     elif ranks.first:                                                         # save the tokenizer, tell what came of it and what comes next
@@ -490,7 +493,7 @@ def train(config, model_config, ranks):
         report({"stage": config.stage, "validation PSNR": f"{val[0]:.2f} dB",
                 "validation codebook use": ema.quantizer and f"{val[1]:.1%} of {model_config.codebook_size} codes",
                 "time": f"{(time.time() - start) / 60:.1f} minutes", "pictures": pictures, "tokenizer": folder,
-                "unreadable images": data and len(data.skipped)})
+                "unreadable images": skipped})
         print("\nNext:", next_command("train_tokenizer.py", config, CARRIED, stage=2) if config.stage == 1 else
               next_command("eval.py", config, {"device", "lpips_weights"}, data=val_source, out_dir=out, **dict(part="val") if split else {}))
     ranks.wait()

@@ -206,8 +206,7 @@ class SimVQ(nn.Module):
             z = full(z)
             codes = self.proj(self.codebook)                                  # C W (k, e)
             indices = nearest(z.flatten(0, 1), codes).view(z.shape[:-1])      # (B, N)
-            # (B, N, e): W learns through the chosen rows, taken once more, or where these are many through all of C W, whichever is less work
-            z_q = self.lookup(indices) if 2 * indices.numel() < len(codes) else F.embedding(indices, codes)
+            z_q = self.lookup(indices) if 2 * indices.numel() < len(codes) else F.embedding(indices, codes)   # the cheaper gradient for W
             loss = F.mse_loss(z_q, z.detach()) + self.beta * F.mse_loss(z, z_q.detach())
         return z_q.detach() + (z - z.detach()), indices, loss     # straight through: z_q's value, z's gradient. z + (z_q - z).detach() would round
 
@@ -475,7 +474,7 @@ def parse_config(cls, presets={}, model_class=None, models=None, argv=None):
     kinds = {bool: dict(action=argparse.BooleanOptionalAction), dict: dict(type=json.loads, metavar="JSON"),
              list: dict(action="append", metavar="TEXT"), tuple: dict(nargs="*")}     # a flag to repeat, and words without a flag
     for f in (f for c in classes for f in dataclasses.fields(c)):
-        choices = get_args(f.type) or None
+        choices = tuple(MODELS) if f.name == "config" else get_args(f.type) or None
         how = kinds.get(f.type, dict(type=type(choices[0]) if choices else f.type, choices=choices))
         parser.add_argument(f.name if f.type is tuple else f"--{f.name}", help=comments[f.name].replace("%", "%%"), **how)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value != []}
@@ -490,8 +489,7 @@ def parse_config(cls, presets={}, model_class=None, models=None, argv=None):
     config.given = given                                                      # for next_command
     return config, model_class and make(model_class), origin
 
-def report(rows):                                                             # {what: value}, the table at a run's end; zeros are left out
-    print("\n" + "\n".join(f"  {what:24}{value}" for what, value in rows.items() if value))
+def report(rows): print("\n" + "\n".join(f"  {what:24}{value}" for what, value in rows.items() if value))        # at a run's end; no zeros
 
 def print_config(origin, *configs):
     for name, value in (item for config in configs for item in dataclasses.asdict(config).items()):
@@ -510,9 +508,9 @@ class Ranks:
         if "RANK" in os.environ and not dist.is_initialized():                # hours: rank 0 validates and saves alone
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))
 
-    def begin(self, old=None):                                                # old: a checkpoint that --resume would else go on from
-        """From now on SIGTERM and Ctrl-C ask for a stop between two steps; a second one stops at once. `old` is removed."""
-        if old and self.first: old.unlink(missing_ok=True)
+    def begin(self, *old):                                                    # checkpoints that --resume would else go on from
+        """From now on SIGTERM and Ctrl-C ask for a stop between two steps; a second one stops at once. `old` are removed."""
+        for path in old if self.first else (): path.unlink(missing_ok=True)
         def ask(number, _):
             self.stop_asked = True
             signal.signal(number, signal.SIG_DFL)
@@ -557,9 +555,8 @@ def bench(config, ranks, network):
     """--bench N: how fast is a step? A generator to ask as each step begins: False, until N of them have been timed; then it prints
     what they took. The first is counted, uncompiled, by torch's FlopCounterMode, attention as it is written here; two more warm up."""
     cuda, table = ranks.device.type == "cuda", config.profile and torch.profiler.profile()
-    if table:
-        for name, part in network.named_children():                           # forward passes under the names of the parts that are called
-            part.forward = torch.profiler.record_function(f"{name}.forward")(part.forward)
+    for name, part in network.named_children() if table else ():              # forward passes under the names of the parts that are called
+        part.forward = torch.profiler.record_function(f"{name}.forward")(part.forward)
     aten, product, attention = torch.ops.aten, lambda q, k: 2 * math.prod(q) * k[2], {}       # FLOP of q k^T, as of each other product
     for kind in ("flash_attention", "cudnn_attention", "efficient_attention", "flash_attention_for_cpu"):     # 2.11 knows no shared keys
         attention[getattr(aten, f"_scaled_dot_product_{kind}")] = lambda q, k, *_, **__: 2 * product(q, k)
@@ -586,7 +583,7 @@ def bench(config, ranks, network):
 def check_run(config, **least):                                               # what any training run's flags have to keep to, and `least`
     config.out_dir = config.out_dir or f"out/{config.config}"
     check_least(config, batch_size=1, total_steps=1, log_every=1, eval_every=1, save_every=1, val_images=1, lr=1e-12, end_lr=0, micro_batch=0,
-                num_workers=0, warmup_steps=0, bench=0, weight_decay=0, **least)
+                num_workers=0, warmup_steps=0, bench=0, weight_decay=0, clip=1e-12, **least)
     if not (0 <= config.beta1 < 1 and 0 <= config.beta2 < 1): raise UserError(f"--beta1 {config.beta1}, --beta2 {config.beta2}: from 0 to below 1")
     if config.profile and not config.bench: raise UserError("--profile goes with --bench N")
     if config.resume and config.overwrite: raise UserError("--resume goes on and --overwrite starts over: choose one")
