@@ -58,16 +58,17 @@ class SampleConfig:
         self.tokenizer = self.tokenizer or f"{self.out_dir}/tokenizer"
         if sum(map(bool, (self.prompt or self.prompts, self.geneval, self.dpg, self.ask))) != 1 or bool(self.ask) != bool(self.image):
             raise UserError("nothing to do, or too much: --prompt TEXT, --prompts FILE, or --geneval FILE, or --dpg DIR, or --image FILE --ask TEXT")
-        check_least(self, batch_size=1, num_images=0, resolution=0, top_k=0)
+        check_least(self, batch_size=1, num_images=0, resolution=0)
         if self.dpg and self.num_images not in (0, 4): raise UserError("--dpg makes four pictures a prompt: leave --num_images out")
-        check_options(self.guidance, self.temperature, self.top_p)
+        check_options(self.guidance, self.temperature, self.top_k, self.top_p)
         self.dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 PRESETS = {"config tiny": dict(precision="float32", guidance=2.0, temperature=1.0, top_k=0, top_p=0.85)}    # [ours] measured on shapes
 
-def check_options(guidance, temperature, top_p):
+def check_options(guidance, temperature, top_k, top_p):
     if not 0 <= guidance < 100: raise UserError(f"--guidance {guidance} is out of range: from 0 to 100; 1 is no guidance")
     if not 0 <= temperature < 100: raise UserError(f"--temperature {temperature} is out of range: from 0 to 100; 0 takes the likeliest code")
+    if top_k < 0: raise UserError(f"--top_k {top_k} is out of range: at least 0; 0 is all codes")
     if not 0 < top_p <= 1: raise UserError(f"--top_p {top_p} is out of range: above 0 and at most 1; 1 is all codes")
 
 # ---- Text -> codes --------------------------------------------------------------------------------------------------
@@ -108,8 +109,8 @@ def cache_and_step(lm, length, compiled, *_):     # _: rows, type and device; fo
 def generate(lm, text_tokenizer, prompts, seeds, guidance=1.0, temperature=1.0, top_k=0, top_p=1.0, width=0, compiled=False, bar=None):
     """B captions and B seeds -> codes (B, N) int64. "" is the unconditional prompt. See SampleConfig for the options' ranges.
     width: columns for the captions, if more than the longest needs (equal shapes spare compilations). compiled: with
-    torch.compile, worth it on a GPU. bar: a tqdm, that counts codes. Raises UserError on guidance, temperature or top_p out of range."""
-    check_options(guidance, temperature, top_p)
+    torch.compile, worth it on a GPU. bar: a tqdm, that counts codes. Raises UserError on an option out of range."""
+    check_options(guidance, temperature, top_k, top_p)
     visual, device, B, N = lm.config.visual, lm.device, len(prompts), lm.config.visual["tokens"]
     chance = torch.stack([uniform(seed, N) for seed in seeds]).to(device)     # (B, N): the only randomness
     texts = [*prompts, *[""] * B * (guidance != 1)]

@@ -423,7 +423,7 @@ def test_a_failed_write_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
 # Configuration
 
 def resolved(*argv):
-    return vqrae.parse_config(tt.TrainConfig, tt.PRESETS, VQRAEConfig, MODELS, list(argv))
+    return vqrae.parse_config(tt.TrainConfig, tt.PRESETS, VQRAEConfig, list(argv))
 
 
 @pytest.mark.parametrize("config, stage, want", [

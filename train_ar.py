@@ -121,7 +121,8 @@ CARRIED = SHARED | {"lm", "lm_config", "micro_batch", "num_workers", "precision"
 BOI, EOI = "<|vision_start|>", "<|vision_end|>"   # Qwen3's own names; other text tokenizers are given them
 PAD, UNKNOWN, END, IMAGE = "<pad>", "<unk>", "</s>", -1       # IMAGE: one feature of Z_I among the ids
 
-def identity(folder, name="model.safetensors"): return hashlib.sha256(np.memmap(Path(folder) / name, mode="r")).hexdigest()[:16]      # of its weights
+def identity(folder, name="model.safetensors"):   # what tells one trained tokenizer from another: a hash of its weights
+    return hashlib.sha256(np.memmap(Path(folder) / name, mode="r")).hexdigest()[:16]
 
 def word_tokenizer(texts):
     """A text tokenizer of the words and punctuation marks in `texts`, in lower case."""
@@ -522,7 +523,7 @@ def train(config, ranks):
     bar = tqdm(range(first_step, config.total_steps + 1), config.phase or "generator", config.total_steps, initial=first_step, unit="step",
                disable=not ranks.first)                                       # the last round only validates and saves
     if config.bench: stream, timed = itertools.repeat(next(stream)), bench(config, ranks, task.net)
-    else: ranks.begin(*[path, *[folder / "sft.pt"] * ("phase" not in config.given)] * config.overwrite)     # both phases: else the old SFT is resumed
+    else: ranks.begin(config.overwrite, path, path if "phase" in config.given else folder / "sft.pt")         # both phases: or the old SFT is resumed
     for step in bar:
         if config.bench and next(timed): return
         # Once in a while: validate, save.

@@ -25,7 +25,7 @@ from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from vqrae import (MODELS, VQRAE, Discriminator, Encoder, Log, PerceptualLoss, Ranks, UserError, VQRAEConfig, bench, check_finite, check_run,
+from vqrae import (VQRAE, Discriminator, Encoder, Log, PerceptualLoss, Ranks, UserError, VQRAEConfig, bench, check_finite, check_run,
                    check_same, code_usage, command_line, compile_parts, distill_loss, explained, full, hinge_d_loss, ignore_signals, lecam,
                    load_checkpoint, load_encoder_weights, lr_factor, next_command, open_run, parse_config, print_config, psnr, report, resize,
                    save_checkpoint, save_tokenizer, split_batch, uniform)
@@ -405,9 +405,8 @@ def train(config, model_config, ranks):
                disable=not ranks.first)                                       # the last round only validates and saves
     weights = dict(l2=config.l2_weight, perceptual=config.perceptual_weight, quant=1.0, distill=config.distill_weight, adversarial=config.disc_weight)
     stop, warned, floor = False, False, config.end_lr / config.lr
-    unreadable = lambda: ranks.sum(torch.tensor(len(data.skipped))).item() if data else 0
     if config.bench: stream, timed = itertools.repeat(next(stream)), bench(config, ranks, model)
-    else: ranks.begin(*[path] * config.overwrite)
+    else: ranks.begin(config.overwrite, path)
 
     for step in bar:
         if config.bench and next(timed): return
@@ -475,14 +474,13 @@ def train(config, model_config, ranks):
             (usage, perplexity, _), counts = code_usage(ranks.sum(counts)), torch.zeros_like(counts)
             codes = dict(codebook_usage=usage, perplexity=perplexity) if model.quantizer else {}
             rate = config.batch_size * (bar.format_dict["rate"] or 0)
-            log(step=step + 1, **sums, lr=config.lr * factor(0), images_per_s=rate, **codes, skipped=unreadable())
+            log(step=step + 1, **sums, lr=config.lr * factor(0), images_per_s=rate, **codes, skipped=len(data.skipped) if data else 0)
             shown = f"codes {usage:.0%}, " if codes else ""
             bar.set_postfix_str(f"loss {sums['loss']:.4f}, PSNR {-10 * math.log10(sums['l2']):.1f}, {shown}{rate:.0f} images/s")
             if codes and usage < 0.1 and step > config.warmup_steps and not warned:
                 warned = True
                 ranks.say(f"\nwarning: only {usage:.1%} of the codes are in use. Try a larger --codebook_dim (at least {model_config.dim}), "
                           f"a longer --warmup_steps, a lower --lr, or a smaller --codebook_size")
-    skipped = unreadable()
     if stop and not last:
         ranks.say(f"stopped at step {step}, all saved. Go on with: {next_command(sys.argv[0], config, resume=True)}")
     elif ranks.first:                                                         # save the tokenizer, tell what came of it and what comes next
@@ -493,13 +491,13 @@ def train(config, model_config, ranks):
         report({"stage": config.stage, "validation PSNR": f"{val[0]:.2f} dB",
                 "validation codebook use": ema.quantizer and f"{val[1]:.1%} of {model_config.codebook_size} codes",
                 "time": f"{(time.time() - start) / 60:.1f} minutes", "pictures": pictures, "tokenizer": folder,
-                "unreadable images": skipped})
+                "unreadable images": data and len(data.skipped)})
         print("\nNext:", next_command("train_tokenizer.py", config, CARRIED, stage=2) if config.stage == 1 else
               next_command("eval.py", config, {"device", "lpips_weights"}, data=val_source, out_dir=out, **dict(part="val") if split else {}))
     ranks.wait()
 
 def main():
-    config, model_config, origin = parse_config(TrainConfig, PRESETS, VQRAEConfig, MODELS)
+    config, model_config, origin = parse_config(TrainConfig, PRESETS, VQRAEConfig)
     ranks = Ranks(config.device)
     if ranks.first: print_config(origin, config, model_config)
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)

@@ -462,9 +462,9 @@ def lr_factor(step, warmup, total, floor):
 def ignore_signals(_):                            # torchrun and Ctrl-C signal a loader's workers too, but the training process alone decides
     for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, signal.SIG_IGN)
 
-def parse_config(cls, presets={}, model_class=None, models=None, argv=None):
+def parse_config(cls, presets={}, model_class=None, argv=None):
     """Dataclass fields -> flags, their comments the help, Literals the choices -> (config, model config or None, {field: origin of its value}).
-    presets: {"config tiny, stage 2": values where these flags are so}, the later winning. model_class: a second one, defaults from models[config]."""
+    presets: {"config tiny, stage 2": values where these flags are so}, the later winning. model_class: a second one, defaults from MODELS[config]."""
     classes = list(filter(None, (cls, model_class)))
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", "".join(inspect.getsource(c) for c in classes), re.M))
     parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS, prog=Path(sys.argv[0]).name)
@@ -480,7 +480,7 @@ def parse_config(cls, presets={}, model_class=None, models=None, argv=None):
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value != []}
     default = {f.name: f.default for f in dataclasses.fields(cls)}
     facts = {f"{name} {value}" for name, value in (default | given).items()}
-    layers = [("default", default), ("model", dataclasses.asdict(models[given.get("config", default["config"])]) if models else {}),
+    layers = [("default", default), ("model", dataclasses.asdict(MODELS[given.get("config", default["config"])]) if model_class else {}),
               *((key, layer) for key, layer in presets.items() if facts.issuperset(key.split(", "))), ("flag", given)]
     values = {name: value for _, layer in layers for name, value in layer.items()}
     origin = {name: source for source, layer in layers for name in layer}
@@ -508,9 +508,9 @@ class Ranks:
         if "RANK" in os.environ and not dist.is_initialized():                # hours: rank 0 validates and saves alone
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))
 
-    def begin(self, *old):                                                    # checkpoints that --resume would else go on from
-        """From now on SIGTERM and Ctrl-C ask for a stop between two steps; a second one stops at once. `old` are removed."""
-        for path in old if self.first else (): path.unlink(missing_ok=True)
+    def begin(self, overwrite, *old):                                         # old: checkpoints that --resume would go on from
+        """From now on SIGTERM and Ctrl-C ask for a stop between two steps; a second one stops at once. To overwrite, `old` are removed."""
+        for path in old if overwrite and self.first else (): path.unlink(missing_ok=True)
         def ask(number, _):
             self.stop_asked = True
             signal.signal(number, signal.SIG_DFL)
