@@ -64,7 +64,7 @@ def ssim(x, y, data_range=1.0):
     return ((2 * mx * my + c1) * (2 * cov + c2) / ((mx ** 2 + my ** 2 + c1) * (vx + vy + c2))).mean((1, 2, 3))
 
 def moments(features):
-    """(B, f) -> (f + 2, f) float64, whose sum over all images holds their count, mean and covariance, however many there are."""
+    """(B, f) -> (f + 2, f) float64, whose sum over all images gives their count, mean and covariance, however many there are."""
     f = features.cpu().double()
     return torch.cat([f.T @ f, f.sum(0)[None], torch.full_like(f[:1], len(f))])
 
@@ -300,7 +300,7 @@ def vqa(folder, config, ranks):
     for name, texts in zip(features, said):
         right = {kind: [a == b for k, a, b in zip(kinds, truths, texts) if kind in (k, "overall")] for kind in (*sorted(set(kinds)), "overall")}
         result[f"vqa_{name}"] = {kind: sum(r) / len(r) for kind, r in right.items()}
-        yes = [(a == "yes", b == "yes") for k, a, b in zip(kinds, truths, texts) if k == "presence"]     # (true, said)
+        yes = [(a == "yes", b != "no") for k, a, b in zip(kinds, truths, texts) if k == "presence"]     # (true, said)
         both, true, claimed = yes.count((True, True)), sum(a for a, _ in yes), sum(b for _, b in yes)
         result[f"pope_{name}"] = dict(accuracy=sum(a == b for a, b in yes) / len(yes), precision=both / max(1, claimed),
                                       recall=both / max(1, true), f1=2 * both / max(1, true + claimed))

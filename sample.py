@@ -8,7 +8,7 @@ Draw pictures for captions: text -> codes -> pixels, with a generator that train
     torchrun --nproc_per_node=8 sample.py ...                                 the ranks share the work
     python sample.py --image FILE --ask "how many circles are there?"         after train_ar.py --task understand
 
---geneval and --dpg go on where they stopped: a picture that is there is not made again, so give other settings another --out.
+--geneval and --dpg go on where they stopped: a picture that is there is not made again, so give other settings, or a new model, another --out.
 With the same model and settings a picture depends on its caption, --seed and its number among the caption's pictures alone: not on
 batch size, rank or the other captions (float32, CPU).
 """
@@ -143,7 +143,7 @@ def answer(mllm, text_tokenizer, Z_I, questions, max_new_tokens=64):
     chats = [chat(text_tokenizer, [(f"<image>\n{question}", None)], Z_I.shape[1])[0] for question in questions]
     ids, mask = (t.to(Z_I.device) for t in pad_left(chats))
     ids = mllm.lm.generate(inputs_embeds=mllm.embed(ids, Z_I), attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens,
-                           eos_token_id=text_tokenizer.eos_token_id, pad_token_id=0)
+                           eos_token_id=text_tokenizer.eos_token_id, pad_token_id=text_tokenizer.eos_token_id)
     return [text.strip() for text in text_tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 def converse(config, device):
@@ -163,7 +163,7 @@ def read_jobs(config):
     """-> out folder and jobs."""
     each = config.num_images or (4 if config.geneval or config.dpg else 1)
     seeds = lambda prompt: [zlib.crc32(f"{config.seed + j} {prompt}".encode()) for j in range(each)]     # no two captions share chance
-    read = lambda file: Path(file).read_text("utf-8", "replace").splitlines()
+    read = lambda file: [line.rstrip("\n") for line in open(file, encoding="utf-8", errors="replace")]
     out = Path(config.out or f"{config.out_dir}/{'geneval' if config.geneval else 'dpg' if config.dpg else 'samples'}")
     jobs = []
     if config.geneval:                            # OUT/00003/metadata.jsonl, OUT/00003/samples/00000.png, ...

@@ -595,6 +595,8 @@ def test_every_kind_of_picture_decodes():
     assert near(tt.decode(encoded(Image.new("LA", (40, 30), (0, 0)))), (255, 255, 255))
     assert near(tt.decode(encoded(Image.new("L", (40, 30), 77))), (77, 77, 77))
     assert near(tt.decode(encoded(Image.new("I;16", (40, 30), 200 * 257))), (200, 200, 200))
+    for value in (200, 200 / 255):                                            # floats up to 255, or to 1
+        assert near(tt.decode(encoded(Image.new("F", (40, 30), value), "TIFF")), (200, 200, 200))
     exif = Image.Exif()
     exif[0x0112] = 6                                                          # stored on its side
     assert tt.decode(encoded(red, "JPEG", exif=exif)).size == (30, 40)
@@ -661,7 +663,7 @@ def test_no_readable_image_is_an_error(tmp_path):
 
 
 def test_captions_and_classes(folder):
-    (folder / "a" / "metadata.jsonl").write_text(json.dumps(dict(file_name="00.png", text="zero", label="cat")) + '\n{"file_name": "02.png", "label": null}\n')
+    (folder / "a" / "metadata.jsonl").write_text(json.dumps(dict(file_name="00.png", text="zero\u2028", label="cat"), ensure_ascii=False) + '\n{"file_name": "02.png", "label": null}\n')
     (folder / "b" / "01.txt").write_text("one\n")
     items = {item["name"][-6:-4]: item for item in map(tt.Images(str(folder), 32, train=False).__getitem__, range(24))}
     assert (items["00"]["text"], items["00"]["label"]) == ("zero", "cat")
@@ -1107,7 +1109,9 @@ def test_two_ranks_from_nothing(tmp_path):
 
 def test_folder_of_images_both_baselines(folder, tmp_path):
     (folder / "a" / "bad.png").write_bytes(b"nothing")
+    (tmp_path / "x/tokenizer").mkdir(parents=True)                            # a run copied here by a program that follows links
     said = run("train_tokenizer.py", *WEE, "--out_dir", tmp_path / "x", "--data", folder, "--num_workers", 2, "--quantizer", "none", "--total_steps", 12)
+    assert (tmp_path / "x/tokenizer").resolve().name == "tokenizer-stage1"
     assert "skipped" in said and "bad.png" in said and "unreadable images" in said and "codebook use" not in said
     run("train_tokenizer.py", *WEE, "--out_dir", tmp_path / "y", "--data", folder, "--init_from", "none", "--stage", 2, "--distill_weight", 0)
     said = run("eval.py", tmp_path / "x/tokenizer", tmp_path / "y/tokenizer", "--data", folder, "--out_dir", tmp_path)
@@ -1263,7 +1267,7 @@ def test_generated_pictures_are_scored(trained, tmp_path):
 
 def test_chat_puts_features_where_image_stood_and_scores_answers_alone():
     words = train_ar.word_tokenizer(["USER: ASSISTANT: how many rings are there? two is it red? no"])
-    chats = [train_ar.chat(words, [("<image>\nhow many rings are there?", "two"), ("is it red?", "no")], 3), train_ar.chat(words, [("<image>", "two rings")], 3, plain=True),
+    chats = [train_ar.chat(words, [("<image>\nhow many rings are there?", "two"), ("is it red?", "no")], 3), train_ar.chat(words, [("<image>", "two rings"), ("is it red?", "no")], 3, plain=True),
              train_ar.chat(words, [("is it <image> red?", None)], 3)]
     spell = lambda ids: " ".join("z" if i == train_ar.IMAGE else words.convert_ids_to_tokens(i) for i in ids)
     assert spell(chats[0][0]) == "user : z z z how many rings are there ? assistant : two </s> user : is it red ? assistant : no </s>"
@@ -1282,6 +1286,20 @@ def test_chat_puts_features_where_image_stood_and_scores_answers_alone():
     Z_I.requires_grad_(True)
     net(ids, scored, Z_I)[:2].sum().backward()                                # the first answer sees its own features only
     assert Z_I.grad[0].abs().sum() > 0 and Z_I.grad[1:].abs().sum() == 0
+
+
+def test_answers_in_a_batch_equal_answers_alone():
+    """Also where id 0, with which others would fill a row that ends early, is a word."""
+    model = train_ar.tokenizers.Tokenizer(train_ar.tokenizers.models.WordLevel({word: i for i, word in enumerate("red </s> <unk> USER ASSISTANT is it".split())}, "<unk>"))
+    model.pre_tokenizer = train_ar.tokenizers.pre_tokenizers.Whitespace()
+    words = train_ar.PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>", eos_token="</s>")
+    lm, _ = train_ar.build_lm(train_ar.ARConfig(**train_ar.PRESETS["config tiny"]), ["one two three"])
+    lm.resize_token_embeddings(len(words))
+    torch.nn.init.normal_(lm.get_output_embeddings().weight)
+    mllm, Z_I = train_ar.MLLM(lm, 8), torch.randn(12, 3, 8) * 9
+    together = sample.answer(mllm, words, Z_I, ["is it"] * 12, 8)
+    assert together == [sample.answer(mllm, words, z[None], ["is it"], 8)[0] for z in Z_I]
+    assert len({len(text.split()) for text in together}) > 2
 
 
 def test_understanding_end_to_end(trained, tmp_path):
@@ -1324,7 +1342,7 @@ def test_understanding_end_to_end(trained, tmp_path):
     for rows, message in [([row] * 30 + [dict(conversations=[])], "no error"), ([dict(row, image="none.png")] * 30, "no file"), ("{", "not LLaVA's JSON"),
                           ([dict(row, conversations=row["conversations"][:1])] * 30, "not LLaVA's JSON"),
                           ([dict(row, conversations=[{"value": None}, {"value": "yes"}])] * 30, "not LLaVA's JSON"),
-                          ([dict(row, conversations=[{"value": "is it?"}, {"value": "yes"}])] * 30, "exactly once"), ([row], "too small to hold")]:
+                          ([dict(row, conversations=[{"value": "is it?"}, {"value": "yes"}])] * 30, "exactly once"), ([row], "too few to hold")]:
         (tmp_path / "data.json").write_text(rows if isinstance(rows, str) else json.dumps(rows))
         assert message in run_inside("train_ar.py", *flags)
     file.write_bytes(b"no picture")

@@ -60,12 +60,12 @@ class ARConfig:
     overwrite: bool = False               # start over although there is a checkpoint
     overwrite_cache: bool = False         # compute the codes of --data again although they are cached
     device: str = ""                      # cuda, mps or cpu; "": the first of them that is there
-    bench: int = 0                        # time that many steps on one batch, and stop; saves nothing
+    bench: int = 0                        # time that many steps on one batch, and stop; saves nothing but missing codes-*.npy
     profile: bool = False                 # with --bench: torch.profiler's table of where the time goes
     precision: Literal["bf16", "float32", "float64"] = "bf16"  # [T9] autocast; weights and loss stay float32
     compile: bool = False                 # torch.compile, block by block: a minute or so first, then faster steps on a GPU
     checkpointing: bool = False           # recompute activations in the backward pass: less memory, more time
-    seed: int = 0                         # of weights, order and dropped captions
+    seed: int = 0                         # of weights, files' order and dropped captions
     # model
     lm: str = "Qwen/Qwen3-0.6B"           # [T9] a language model of transformers by hub name or local folder, Qwen3 to generate; or random
     lm_config: dict = None                # what Qwen3Config is made of for --lm random, whose words are those of the captions
@@ -225,7 +225,7 @@ def open_codes(source, part, config, tokenizer, which, ranks):
     if path.is_file() and not config.overwrite_cache: return np.load(path, mmap_mode="r")
     others = [other for other in path.parent.glob(f"codes-{part}-*.npy") if other != path]
     if others and not config.overwrite_cache:
-        what = f"other images than are now in {source}" if which in others[0].name else f"another tokenizer than {config.tokenizer}"
+        what = f"other images, or another path to them, than {source}" if which in others[0].name else f"another tokenizer than {config.tokenizer}"
         raise UserError(f"{others[0]} was made with {what}: --overwrite_cache makes it anew, --out_dir keeps both")
     partial = path.with_suffix(".partial")
     if ranks.first:
@@ -251,10 +251,10 @@ def open_codes(source, part, config, tokenizer, which, ranks):
 # ---- Conversations about images, in LLaVA's layout
 def chat(text_tokenizer, turns, tokens, plain=False):
     """[(question, answer), ...] of one image -> ids, and which of them an answer is made of: [int], [bool] of equal length. <image>
-    in a question becomes `tokens` times IMAGE. An answer of None is left to the model. plain: image and answer alone."""
+    in a question becomes `tokens` times IMAGE. An answer of None is left to the model. plain: image and first answer alone."""
     encode = lambda text: text_tokenizer(text, add_special_tokens=False).input_ids
     ids, scored = [text_tokenizer.bos_token_id] * (text_tokenizer.bos_token_id is not None), []
-    for question, answer in turns:
+    for question, answer in turns[:1] if plain else turns:
         for i, piece in enumerate(("", "") if plain else f"USER: {question} ASSISTANT:".split("<image>")):
             ids += [IMAGE] * (tokens * (i > 0)) + encode(piece)
         scored += [False] * (len(ids) - len(scored))
@@ -293,8 +293,7 @@ class Conversations(Images):
             if not record["name"].is_file(): raise UserError(f"{where}: no file {record['name']}; --images DIR names the folder")
         return records
 
-    def load(self, record, _):
-        return dict(image=square(record["name"], self.size), turns=record["turns"])
+    def load(self, record, _): return dict(image=square(record["name"], self.size), turns=record["turns"])
 
 def square(file, size):
     """An image file, padded with grey to a square, as LLaVA-1.5 has it: nothing is cut off. -> (3, size, size) in [0, 1]."""
@@ -388,7 +387,7 @@ class Generate:
         found = rows[[shuffled(p, len(rows), 0 if val else self.config.seed) for p in positions]]      # validation too: files are sorted
         return torch.from_numpy(found["codes"].astype(np.int64)), [text.decode("utf-8", "ignore") for text in found["text"]]
 
-    def draw(self, positions):                                                # the same of shapes; kept
+    def draw(self, positions):                                                # fetch's answer for shapes, cached
         batch = next(batches(None, self.tokenizer.config.image_size, positions, len(positions), device=self.device))
         with no_autocast(batch["image"]):                                     # as in training, also while validating
             return self.tokenizer.tokenize(batch["image"]).cpu(), batch["text"]
@@ -479,7 +478,7 @@ class Understand:
         return dict(val_loss=total / len(right), val_accuracy=right.sum().item() / len(right))
 
 def send(message, src_rank, group, device):
-    """ZeRO's moments from one rank to the first, that saves them. In the place of torch's own function, which takes a minute a gigabyte."""
+    """Send ZeRO's moments from one rank to the first, which saves them. Replaces torch's own function, which takes a minute a gigabyte."""
     buffer = io.BytesIO()
     if dist.get_rank() == src_rank: torch.save(message, buffer)
     box = [buffer.getvalue()]
@@ -551,7 +550,7 @@ def train(config, ranks):
             (loss / accumulate).backward()
             loss_sum += loss.detach() / accumulate
         grad_norm = nn.utils.clip_grad_norm_(learning, config.clip)
-        sums = ranks.sum(torch.stack([loss_sum, grad_norm, loss_sum.new_tensor(ranks.stop_asked)])) / ranks.size
+        sums = ranks.sum(torch.stack([loss_sum, grad_norm, loss_sum.new_full((), ranks.stop_asked)])) / ranks.size
         loss, grad_norm, stop = sums.tolist()                                 # the step's one wait for the GPU; asked of one rank, all stop
         check_finite({"cross-entropy": loss, "gradient norm": grad_norm}, step)
         optimizer.step()

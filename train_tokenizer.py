@@ -42,14 +42,14 @@ class TrainConfig:
     resume: bool = False                  # go on from this stage's last checkpoint
     overwrite: bool = False               # start over although this stage has a checkpoint
     device: str = ""                      # cuda, mps or cpu; "": the first of them that is there
-    bench: int = 0                        # time that many steps of stage 1 or 2 on one batch, and stop; saves nothing but a missing stage 0
+    bench: int = 0                        # time that many steps of stage 1 or 2 on one batch, and stop; saves no progress
     profile: bool = False                 # with --bench: torch.profiler's table of where the time goes
     precision: Literal["bf16", "float32", "float64"] = "bf16"  # [T7] autocast; losses and code distances stay float32
     loss_precision: Literal["bf16", "float32"] = "float32"  # [TiTok] of the perceptual networks and the discriminator; bf16 is faster on a GPU
     compile: bool = False                 # torch.compile, block by block: a minute or so first, then faster steps on a GPU
     checkpointing: bool = False           # recompute activations in the backward pass: less memory, more time
     tf32: bool = False                    # float32 products in TensorFloat-32 on a GPU, the code search included
-    seed: int = 0                         # of weights, order and crops
+    seed: int = 0                         # of weights, files' order and crops
     # data
     batch_size: int = 1024                # [T7] images a step, over all ranks and accumulation
     micro_batch: int = 0                  # images a rank takes at a time, the rest by accumulation; 0: all at once
@@ -116,9 +116,10 @@ def decode(data):
     image = Image.open(io.BytesIO(data))
     if image.width * image.height > Image.MAX_IMAGE_PIXELS: raise ValueError(f"{image.width} x {image.height} pixels are too many")
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":                       # 16 bits: keep the upper eight
+    if image.mode.startswith("I") or image.mode == "F":                       # 16 bits, or floats: to eight
         values = np.asarray(image, np.float32)
-        return Image.fromarray((values / (257 if values.max() > 255 else 1)).clip(0, 255).astype(np.uint8)).convert("RGB")
+        scale = 1 / 257 if values.max() > 255 else 255 if image.mode == "F" and values.max() <= 1 else 1
+        return Image.fromarray((values * scale).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data: image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
@@ -137,13 +138,13 @@ def shuffled(position, n, seed):                  # which of n images comes at `
 
 class Images(torch.utils.data.Dataset):
     """Images of a folder or of tar shards by position, `size` pixels a side, with caption and class. Unreadable ones are stepped over.
-    part: "train" is all but every 20th, "val" those. folder: of the shards' index; of the pictures that a JSON (train_ar.Conversations) names."""
+    part: "train" is all but every 20th, "val" those. folder: where the shards' index goes; where pictures of a JSON (train_ar.Conversations) lie."""
     def __init__(self, source, size, seed=0, train=True, random_crop=False, random_flip=False, part="all", folder="out"):
         self.source, self.size, self.seed, self.train, self.random_crop, self.random_flip = source, size, seed, train, random_crop, random_flip
         self.records, self.skipped = self.read(source, folder), set()
-        self.chosen = np.arange(len(self.records))                            # by number: the list itself may be as long as the disk is large
+        self.chosen = np.arange(len(self.records))                            # numbers, no copies: there may be millions
         if part != "all": self.chosen = self.chosen[(self.chosen % 20 == 0) == (part == "val")]
-        if not len(self): raise UserError(f"{source} is too small to hold every 20th out for validation: name some with --val_data")
+        if not len(self): raise UserError(f"{source} has no images to use, or too few to hold every 20th out: --val_data names others")
 
     def read(self, source, folder): return Shards(source, folder) if source.endswith(".tar") else read_folder(source)
     def __len__(self): return len(self.chosen)
@@ -170,15 +171,15 @@ def read_bytes(path, offset, size):                                           # 
 def read_folder(folder):
     """Images below `folder`, sorted; caption and class from metadata.jsonl, else a .txt beside the image and the parent folder."""
     folder = Path(folder)
-    if not folder.is_dir(): raise UserError(f"--data {folder}: no such folder (shapes, a folder of images, or 'shards-{{000..127}}.tar')")
+    if not folder.is_dir(): raise UserError(f"{folder}: no such folder (data is shapes, a folder of images, or 'shards-{{000..127}}.tar')")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    if not files: raise UserError(f"--data {folder}: no images in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    if not files: raise UserError(f"{folder}: no images in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
     captions = {}
     for metadata in folder.rglob("metadata.jsonl"):
-        for number, line in enumerate(metadata.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        for number, line in enumerate(metadata.open(encoding="utf-8", errors="replace"), 1):
             with explained(f"{metadata}, line {number}: not JSON with a file_name and a text: {line[:60]!r}; mend or remove that line"):
                 row = json.loads(line)
-                if not isinstance(row.get("text") or "", str): raise TypeError("text is not a string")
+                if not isinstance(row.get("text"), (str, type(None))): raise TypeError("text is not a string")
                 captions[metadata.parent / row["file_name"]] = row
     records = []
     for path in files:
@@ -189,8 +190,8 @@ def read_folder(folder):
     return records
 
 class Shards:
-    """Images in webdataset shards (key.jpg, key.txt) as a sequence of records like read_folder's. The tars are listed once: where in them
-    each image and caption lies stands in `index_dir`/index-*.npy, mapped into memory by all ranks and workers, until a shard changes."""
+    """Images in webdataset shards (key.jpg, key.txt) as a sequence of records like read_folder's. The tars are read once: where each
+    image and caption lies is kept in `index_dir`/index-*.npy, memory-mapped by all ranks and workers, until a shard changes."""
     def __init__(self, pattern, index_dir):
         self.paths = [pattern]
         while match := re.search(r"\{(\d+)\.\.(\d+)\}", self.paths[0]):
@@ -457,7 +458,7 @@ def train(config, model_config, ranks):
             for name, term in dict(terms, loss=loss).items():
                 sums[name] = sums.get(name, 0) + full(term.detach()) / accumulate
             if indices is not None: counts.index_add_(0, indices.flatten(), torch.ones(indices.numel(), device=device))  # bincount waits for the GPU
-        sums |= dict(grad_norm=nn.utils.clip_grad_norm_(model.parameters(), config.clip), stop=X.new_tensor(ranks.stop_asked))
+        sums |= dict(grad_norm=nn.utils.clip_grad_norm_(model.parameters(), config.clip), stop=X.new_full((), ranks.stop_asked))
         if adversarial: sums["disc_grad_norm"] = nn.utils.clip_grad_norm_(discriminator.parameters(), config.clip)
         means = ranks.sum(torch.stack([*sums.values()])) / ranks.size
         sums = dict(zip(sums, means.tolist()))                                # the step's one wait for the GPU
@@ -486,6 +487,7 @@ def train(config, model_config, ranks):
     elif ranks.first:                                                         # save the tokenizer, tell what came of it and what comes next
         folder, newest = out / f"tokenizer-stage{config.stage}", out / "tokenizer"
         save_tokenizer(ema.float(), folder, teacher if model_config.encoder_weights in ("stage0", "random") else None)
+        if newest.is_dir() and not newest.is_symlink(): newest.rename(f"{newest}-{start:.0f}")                 # some copies follow the link
         newest.unlink(missing_ok=True)
         newest.symlink_to(folder.name)
         report({"stage": config.stage, "validation PSNR": f"{val[0]:.2f} dB",

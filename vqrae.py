@@ -445,14 +445,14 @@ def resize(images, size, limit=True):
     return images.clamp(0, 1) if limit else images
 
 def compile_parts(*networks):
-    """torch.compile of each block in `networks` by itself: alike ones share one compilation, and all takes a minute or so."""
+    """torch.compile of each block in `networks` by itself: equal ones share one compilation; all of it takes about a minute."""
     torch._dynamo.config.optimize_ddp = False                                 # it would cut each block into pieces as large as DDP's buckets
     for part in (part for network in filter(None, networks) for part in network.modules()):
         name = type(part).__name__                                            # timm's and transformers' blocks; the losses' networks
         if name in ("Block", "ConvNeXt", "LPIPS", "Discriminator"): part.compile(dynamic=False)
         if name.endswith("DecoderLayer"): part.compile()                      # lengths vary
 
-def uniform(seed, n): return torch.rand(n, generator=torch.Generator().manual_seed(seed))              # n numbers in [0, 1), the same for a seed
+def uniform(seed, n): return torch.rand(n, generator=torch.Generator().manual_seed(seed % 2 ** 63))      # n numbers in [0, 1), the same for a seed
 
 def lr_factor(step, warmup, total, floor):
     """Linear warmup to 1, cosine to `floor`; a floor above 1 counts as 1: no rate rises again."""
@@ -489,11 +489,10 @@ def parse_config(cls, presets={}, model_class=None, argv=None):
     config.given = given                                                      # for next_command
     return config, model_class and make(model_class), origin
 
-def report(rows): print("\n" + "\n".join(f"  {what:24}{value}" for what, value in rows.items() if value))        # at a run's end; no zeros
+def report(rows): print("\n" + "\n".join(f"  {what:24}{value}" for what, value in rows.items() if value))        # at a run's end; empty rows left out
 
 def print_config(origin, *configs):
-    for name, value in (item for config in configs for item in dataclasses.asdict(config).items()):
-        print(f"  {name:18} {str(value):44} {origin[name]}")
+    for name, value in (pair for c in configs for pair in dataclasses.asdict(c).items()): print(f"  {name:18} {str(value):44} {origin[name]}")
 
 class Ranks:
     """This process among the others: one without torchrun, else as torchrun says (nccl on GPUs, gloo elsewhere)."""
@@ -509,7 +508,7 @@ class Ranks:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))
 
     def begin(self, overwrite, *old):                                         # old: checkpoints that --resume would go on from
-        """From now on SIGTERM and Ctrl-C ask for a stop between two steps; a second one stops at once. To overwrite, `old` are removed."""
+        """From now on SIGTERM and Ctrl-C ask for a stop between two steps; a second one stops at once. With `overwrite`, `old` are removed."""
         for path in old if overwrite and self.first else (): path.unlink(missing_ok=True)
         def ask(number, _):
             self.stop_asked = True
@@ -580,7 +579,7 @@ def bench(config, ranks, network):
               f"{flops / 1e12:.3g} TFLOP a step in matrix products, convolutions and attention on {chip}{share}{memory}")
     yield True
 
-def check_run(config, **least):                                               # what any training run's flags have to keep to, and `least`
+def check_run(config, **least):                                               # limits on any training run's flags, and `least`
     config.out_dir = config.out_dir or f"out/{config.config}"
     check_least(config, batch_size=1, total_steps=1, log_every=1, eval_every=1, save_every=1, val_images=1, lr=1e-12, end_lr=0, micro_batch=0,
                 num_workers=0, warmup_steps=0, bench=0, weight_decay=0, clip=1e-12, **least)
@@ -589,7 +588,7 @@ def check_run(config, **least):                                               # 
     if config.resume and config.overwrite: raise UserError("--resume goes on and --overwrite starts over: choose one")
     if config.bench: config.total_steps = config.eval_every = config.save_every = config.bench + 4        # nothing else falls due before its end
 
-def check_same(there, here, what):                                            # {name: value} twice
+def check_same(there, here, what):                                            # two {name: value}; what `here` has counts
     differ = [f"{name} is {there.get(name)} there, {value} here" for name, value in here.items() if there.get(name) != value]
     if differ: raise UserError(f"{what}: {', '.join(differ)}")
 
