@@ -51,7 +51,7 @@ class EvalConfig:
         self.num_images = self.num_images or (512 if self.generation or self.vqa else 2048)
         if 0 < self.size < 7: raise UserError(f"--size {self.size}: at least 7, the window of SSIM")
         check_least(self, num_images=24 if self.generation else 2, batch_size=1, size=0, num_workers=0)
-        if self.vqa + self.generation + self.curves > 1: raise UserError("--vqa, --generation and --curves: one at a time")
+        if self.vqa + self.generation + self.curves + (self.data != "shapes") > 1: raise UserError("--vqa, --generation, --curves, --data: only one")
 
 # ---- Reconstruction -------------------------------------------------------------------------------------------------
 def ssim(x, y, data_range=1.0):
@@ -371,14 +371,14 @@ def main():
     if len(config.tokenizers) < 2 and not config.vqa:                         # scores of a tokenizer and of its generator stand side by side
         with contextlib.suppress(OSError, ValueError):
             before = {key: value for key, value in json.loads(path.read_text()).items() if config.generation or key.startswith("geneval")}
+    for folder in config.tokenizers: load_tokenizer(folder)                   # all are there, or the first's hour would be lost
     score = generation if config.generation else vqa if config.vqa else evaluate
     results = {folder: score(folder, config, ranks) for folder in config.tokenizers or [f"{config.out_dir}/tokenizer"]}
     result = results if len(results) > 1 else next(iter(results.values()))
     if ranks.first:
         print(table(results))
         for folder, found in results.items():
-            notes = [f"{what}: {why}" for what, why in found.get("reasons", {}).items()]
-            print(f"{folder}: {found.get('protocol') or found['geneval_protocol']}", *notes, sep="\n  ")
+            print(f"{folder}: {found.get('protocol') or found['geneval_protocol']}", *map(": ".join, found.get("reasons", {}).items()), sep="\n  ")
         path.write_text(json.dumps(before | result, indent=1))
         print(f"wrote {path}")
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.utils import save_image
 from tqdm import tqdm
-from transformers import AttentionInterface, StaticCache, TopKLogitsWarper, TopPLogitsWarper
+from transformers import AttentionInterface, StaticCache, TopKLogitsWarper
 
 from train_ar import chat, layout, load_generator, load_mllm, pad_left, square, visual_logits
 from vqrae import Ranks, UserError, check_least, command_line, explained, full, parse_config, print_config, resize, uniform
@@ -77,8 +77,12 @@ def choose(logits, u, temperature, top_k, top_p):
     if temperature == 0: return logits.argmax(1)
     logits = logits / temperature
     if top_k: logits = TopKLogitsWarper(top_k)(None, logits)                  # transformers': what is out of the draw becomes -inf
-    if top_p < 1: logits = TopPLogitsWarper(top_p)(None, logits)
-    below = logits.softmax(1).cumsum(1)                                       # (B, k)
+    p = logits.softmax(1)                                                     # (B, k)
+    if top_p < 1:                                                             # transformers' sorts all, which is half of a tiny step
+        top = p.topk(min(256, p.shape[1])).values                             # (B, 256), the largest first
+        if (top.sum(1) < top_p).any(): top = p.sort(1, descending=True).values
+        p = p * (p >= top.gather(1, (top.cumsum(1) < top_p).sum(1, keepdim=True).clamp(max=top.shape[1] - 1)))
+    below = p.cumsum(1)
     return torch.searchsorted(below, u[:, None] * below[:, -1:], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
 
 def attend(module, q, k, v, allowed, scaling, **_):
@@ -222,9 +226,8 @@ def main():
     todo = [(job, seed) for job in todo[ranks.rank::ranks.size] for seed in job.seeds]
     bar = tqdm(total=len(todo) * visual["tokens"], desc="sampling", unit="code", disable=not ranks.first)
     pending, shown = {}, []                       # pictures that wait for the others of their file; the first 64, for a grid
-    size = min(config.batch_size, len(todo))
     for part in torch.utils.data.BatchSampler(todo, config.batch_size, drop_last=False):
-        fill = (part * size)[:size] if compiled else part                     # a compiled step has one batch size
+        fill = (part * config.batch_size)[:min(config.batch_size, len(todo))] if compiled else part       # a compiled step has one batch size
         codes = draw([job.prompt for job, _ in fill], [seed for _, seed in fill], bar=bar)[:len(part)]
         images = resize(tokenizer.detokenize(codes).clamp(0, 1), resolution).cpu()         # (b, 3, resolution, resolution)
         for (job, _), image in zip(part, images):

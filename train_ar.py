@@ -95,7 +95,7 @@ class ARConfig:
         check_run(self, eps=0)
         self.tokenizer = self.tokenizer or f"{self.out_dir}/tokenizer"
         if not 0 <= self.caption_drop <= 1: raise UserError(f"--caption_drop is a share between 0 and 1, not {self.caption_drop}")
-        if self.phase and self.task == "generate": raise UserError(f"--phase {self.phase} is of --task understand")
+        if (self.phase or self.images) and self.task == "generate": raise UserError("--phase and --images are of --task understand")
 
 TINY_LM = dict(hidden_size=128, num_hidden_layers=4, intermediate_size=256, num_attention_heads=8, num_key_value_heads=8, head_dim=16,
                initializer_range=0.06, rope_parameters=dict(rope_type="default", rope_theta=1000.0))                                  # [ours]
@@ -239,7 +239,7 @@ def open_codes(source, part, config, tokenizer, which, ranks):
         new = [(text or label).encode() for text, label in zip(batch["text"], batch["label"])]       # no caption: its class
         rows[at:at + len(new)] = list(zip(tokenizer.tokenize(batch["image"]).tolist(), new))
     if not ranks.sum(torch.tensor(np.count_nonzero(rows["text"][share.start:share.stop]))):
-        raise UserError(f"no image of {source} has a caption or a class: write metadata.jsonl with file_name and text, or a .txt beside each")
+        raise UserError(f"no image of {source} has caption or class: write metadata.jsonl (file_name, text), or a .txt beside each (in shards too)")
     rows.flush()
     ranks.wait()
     if ranks.first:

@@ -88,7 +88,7 @@ class TrainConfig:
     save_every: int = 5000                # [ours]
     val_images: int = 256                 # [ours] images a validation
 
-    def __post_init__(self): check_run(self, disc_width=1, encoder_lr=0)
+    def __post_init__(self): check_run(self, disc_width=1, encoder_lr=0, disc_lr=0, distill_weight=0, disc_weight=0, stage0_lr=1e-12, stage0_steps=1)
 
 PRESETS = {
     # What stage 2 changes: the encoder moves, slowly and on a leash; a discriminator comes in near the end.
@@ -133,8 +133,7 @@ def crop(image, size, u=(0.5, 0.5, 1.0), flip=False):
 def shuffle(n, seed):
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
-def shuffled(position, n, seed):                  # which of n images comes at `position`: each once an epoch, in another order in each
-    return int(shuffle(n, seed + position // n)[position % n])
+def shuffled(position, n, seed): return int(shuffle(n, seed + position // n)[position % n])       # each of n once an epoch, in another order in each
 
 class Images(torch.utils.data.Dataset):
     """Images of a folder or of tar shards by position, `size` pixels a side, with caption and class. Unreadable ones are stepped over.
@@ -170,7 +169,7 @@ def read_bytes(path, offset, size):                                           # 
 
 def read_folder(folder):
     """Images below `folder`, sorted; caption and class from metadata.jsonl, else a .txt beside the image and the parent folder."""
-    folder = Path(folder)
+    folder = Path(folder or "''")                                             # no name is not the current folder
     if not folder.is_dir(): raise UserError(f"{folder}: no such folder (data is shapes, a folder of images, or 'shards-{{000..127}}.tar')")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     if not files: raise UserError(f"{folder}: no images in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
@@ -391,7 +390,7 @@ def train(config, model_config, ranks):
     if resumed:
         first_step = resumed["step"]
         if first_step > config.total_steps or (resumed["config"]["encoder_lr"] == 0) != frozen:
-            raise UserError(f"{path} cannot go on like this: it is at step {first_step} with --encoder_lr {resumed['config']['encoder_lr']}")
+            raise UserError(f"{path} is at step {first_step} with --encoder_lr {resumed['config']['encoder_lr']}: go on with that, to more steps")
         resumed["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]         # rates are this run's
         for name, part in parts.items():
             if part and resumed[name]: part.load_state_dict(resumed[name])

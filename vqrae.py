@@ -64,7 +64,7 @@ class VQRAEConfig:
     beta: float = 0.25                # weight of the commitment term in eq. 3
 
     def __post_init__(self):
-        check_least(self, image_size=1, patch_size=1, dim=1, q=0, codebook_size=1, codebook_dim=1)
+        check_least(self, image_size=1, patch_size=1, dim=1, q=0, codebook_size=1, codebook_dim=1, beta=0)
         h, p = self.image_size, self.patch_size
         if h % p: raise UserError(f"image_size {h} is not a multiple of patch_size {p}: try --image_size {max(1, round(h / p)) * p}")
         if self.quantizer not in ("simvq", "none"): raise UserError(f"quantizer is simvq or none, not {self.quantizer!r}")
@@ -308,7 +308,7 @@ def distill_loss(Z_I, teacher_Z_I):
 
 def torchvision_weights(path, url, flag):
     """A torchvision model's state dict: from the file `path`, else from the download's cache, else downloaded."""
-    with explained(f"cannot download {url}: fetch it where there is a network and pass {flag} FILE, or train with --perceptual vfm", OSError):
+    with explained(f"cannot download {url}: fetch it where there is a network and pass {flag} FILE (training also knows --perceptual vfm)", OSError):
         return load_checkpoint(path) if path else torch.hub.load_state_dict_from_url(url, map_location="cpu")
 
 def build_lpips(weights=""):
@@ -380,9 +380,7 @@ def lecam(real_mean, fake_mean, ema_real, ema_fake):
     """LeCAM (Tseng et al. 2021) as in TiTok: pulls the mean logits of a (micro-)batch towards the other side's running mean. All scalars."""
     return F.relu(real_mean - ema_fake).square() + F.relu(ema_real - fake_mean).square()
 
-def as_file(images):
-    """Clamped and rounded to 8 bits, as a picture file holds them; still in [0, 1]."""
-    return (full(images).clamp(0, 1) * 255).round() / 255
+def as_file(images): return (full(images).clamp(0, 1) * 255).round() / 255    # to 8 bits, as a picture file holds them; still in [0, 1]
 
 def psnr(x, y):
     """(B, 3, H, W) in [0, 1] -> (B,) dB, as picture files."""
@@ -469,7 +467,7 @@ def parse_config(cls, presets={}, model_class=None, argv=None):
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", "".join(inspect.getsource(c) for c in classes), re.M))
     parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS, prog=Path(sys.argv[0]).name)
     def refuse(message):                                                      # one line instead of a page of usage
-        raise UserError(f"{message} (--help lists every flag)")
+        raise UserError(f"{message} (--help lists every flag; a value with braces or spaces wants quotes)")
     parser.error = refuse
     kinds = {bool: dict(action=argparse.BooleanOptionalAction), dict: dict(type=json.loads, metavar="JSON"),
              list: dict(action="append", metavar="TEXT"), tuple: dict(nargs="*")}     # a flag to repeat, and words without a flag
@@ -616,7 +614,7 @@ def next_command(script, config, keep=None, **more):
              (f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)) for name, value in flags.items()]
     return f"{how} {shlex.join([script, *(word for pair in words for word in pair)])}"
 
-def check_finite(losses, step, remedy="the last checkpoint is whole; try a lower --lr, more --warmup_steps, or --precision float32, then --resume"):
+def check_finite(losses, step, remedy="what was saved is whole; try a lower --lr, more --warmup_steps, or --precision float32, then --resume"):
     for name, value in losses.items():                                        # the first NaN or infinite one is named
         if not math.isfinite(value): raise UserError(f"{name} is {value} at step {step}: stopped; {remedy}")
 
