@@ -1410,7 +1410,7 @@ def test_bad_input_gets_one_line_and_harms_nothing(trained, folder, tmp_path):
     llama = train_ar.AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1))
     llama.save_pretrained(tmp_path / "llama")
     train_ar.word_tokenizer(["a word"]).save_pretrained(tmp_path / "llama")
-    for flags, message in [(["--lm", "./nowhere"], "neither a folder nor a name"), (["--lm_config", "5"], "JSON of Qwen3Config's values, not 5"),
+    for flags, message in [(["--lm", "./nowhere"], "neither a folder nor a name"), (["--lm_config", "5"], "JSON of Qwen3Config's values, not 5"), (["--lm_config", "{'a': 5}"], "invalid JSON value"),
                            (["--lm_config", '{"hidden_sise": 8}'], "it has no hidden_sise"), (["--lm_config", '{"hidden_size": "x"}'], "not {'hidden_size': 'x'}"),
                            (["--lm", str(tmp_path / "llama")], "is no Qwen3"), (["--eps", "-1"], "--eps is at least 0")]:
         said = run_inside("train_ar.py", *flags, *new, "--tokenizer", str(out / "tokenizer"))

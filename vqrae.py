@@ -466,8 +466,8 @@ def parse_config(cls, presets={}, model_class=None, argv=None):
     classes = list(filter(None, (cls, model_class)))
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", "".join(inspect.getsource(c) for c in classes), re.M))
     parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS, prog=Path(sys.argv[0]).name)
-    def refuse(message):                                                      # one line instead of a page of usage
-        raise UserError(f"{message} (--help lists every flag; a value with braces or spaces wants quotes)")
+    def refuse(message):                                                      # one line instead of a page of usage; argparse names json.loads
+        raise UserError(f"{message.replace('loads value', 'JSON value')} (--help lists every flag; a value with braces or spaces wants quotes)")
     parser.error = refuse
     kinds = {bool: dict(action=argparse.BooleanOptionalAction), dict: dict(type=json.loads, metavar="JSON"),
              list: dict(action="append", metavar="TEXT"), tuple: dict(nargs="*")}     # a flag to repeat, and words without a flag
