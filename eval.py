@@ -371,7 +371,7 @@ def main():
     if len(config.tokenizers) < 2 and not config.vqa:                         # scores of a tokenizer and of its generator stand side by side
         with contextlib.suppress(OSError, ValueError):
             before = {key: value for key, value in json.loads(path.read_text()).items() if config.generation or key.startswith("geneval")}
-    for folder in config.tokenizers: load_tokenizer(folder)                   # all are there, or the first's hour would be lost
+    for folder in config.tokenizers[1:]: load_tokenizer(folder)               # or the first's hour would be lost
     score = generation if config.generation else vqa if config.vqa else evaluate
     results = {folder: score(folder, config, ranks) for folder in config.tokenizers or [f"{config.out_dir}/tokenizer"]}
     result = results if len(results) > 1 else next(iter(results.values()))

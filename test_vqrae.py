@@ -875,21 +875,22 @@ def qwen3_generator():
 def ours_and_theirs(lm, text_tokenizer, batch, new=64):
     """Sampling of `new` codes for each of `batch` captions as sample.py's options are (tiny's on a CPU), by us and by transformers. Ours always has
     the whole picture's cache."""
-    default = {f.name: f.default for f in fields(sample.SampleConfig)} | (sample.PRESETS["config tiny"] if lm.device.type == "cpu" else {})
-    guidance, how = default["guidance"], {name: default[name] for name in ("temperature", "top_k", "top_p")}
     visual, prompts = lm.config.visual, ["a red circle left of a blue square"] * batch
+    argv = ["--prompt", prompts[0], "--config", "tiny" if lm.device.type == "cpu" else "siglip2_256"]
+    config, _, _ = vqrae.parse_config(sample.SampleConfig, sample.PRESETS, argv=argv)
+    how = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
     compiled, width = lm.device.type == "cuda", visual["tokens"] - new + 16
     short = visual | dict(tokens=new)
 
     def theirs():
         ids, mask = (t.to(lm.device) for t in train_ar.layout(text_tokenizer, visual, prompts))
         nothing, nothing_mask = (t.to(lm.device) for t in train_ar.layout(text_tokenizer, visual, [""] * batch))
-        return lm.generate(input_ids=ids, attention_mask=mask, negative_prompt_ids=nothing, negative_prompt_attention_mask=nothing_mask, guidance_scale=guidance,
+        return lm.generate(input_ids=ids, attention_mask=mask, negative_prompt_ids=nothing, negative_prompt_attention_mask=nothing_mask, guidance_scale=config.guidance,
                            do_sample=True, **how, min_new_tokens=new, max_new_tokens=new, suppress_tokens=list(range(visual["offset"])))
 
     def ours():
         lm.config.visual = short
-        codes = sample.generate(lm, text_tokenizer, prompts, range(batch), guidance, **how, compiled=compiled, width=width if compiled else 0)
+        codes = sample.generate(lm, text_tokenizer, prompts, range(batch), config.guidance, **how, compiled=compiled, width=width if compiled else 0)
         lm.config.visual = visual
         return codes
     return ours, theirs

@@ -466,10 +466,10 @@ def parse_config(cls, presets={}, model_class=None, argv=None):
     classes = list(filter(None, (cls, model_class)))
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", "".join(inspect.getsource(c) for c in classes), re.M))
     parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS, prog=Path(sys.argv[0]).name)
-    def refuse(message):                                                      # one line instead of a page of usage; argparse names json.loads
-        raise UserError(f"{message.replace('loads value', 'JSON value')} (--help lists every flag; a value with braces or spaces wants quotes)")
+    def refuse(message): raise UserError(f"{message} (--help lists every flag; a value with braces or spaces wants quotes)")    # no page of usage
+    def JSON(text): return json.loads(text)                                   # the name is what argparse calls a value that is none
     parser.error = refuse
-    kinds = {bool: dict(action=argparse.BooleanOptionalAction), dict: dict(type=json.loads, metavar="JSON"),
+    kinds = {bool: dict(action=argparse.BooleanOptionalAction), dict: dict(type=JSON, metavar="JSON"),
              list: dict(action="append", metavar="TEXT"), tuple: dict(nargs="*")}     # a flag to repeat, and words without a flag
     for f in (f for c in classes for f in dataclasses.fields(c)):
         choices = tuple(MODELS) if f.name == "config" else get_args(f.type) or None
