@@ -248,16 +248,36 @@ def test_losses_equal_their_formulas():
     torch.testing.assert_close(vqrae.distill_loss(a.bfloat16(), b), ((a.bfloat16().float() - b) ** 2).mean())
 
 
-def test_discriminator_has_titoks_shape():
+def test_discriminator_has_titoks_shape(monkeypatch):
     net = Discriminator(128)
     assert [tuple(c.weight.shape) for c in net.convs] == [(128, 128, 3, 3), (256, 128, 3, 3), (512, 256, 3, 3)]
     assert [n.num_groups for n in net.norms] == [32, 32, 32] and net.stem.weight.shape == (128, 3, 5, 5)
     assert Discriminator(16)(pictures(2, 64)).shape == (2, 1, 16, 16)
     kernel, x = torch.tensor([1., 3., 3., 1.]) / 8, torch.rand(2, 128, 32, 32)
     for conv in net.convs: torch.nn.init.dirac_(conv.weight), torch.nn.init.zeros_(conv.bias)
-    net.norms, net.stem, net.convs, net.head = torch.nn.ModuleList([torch.nn.Identity()]), torch.nn.Identity(), net.convs[:1], torch.nn.Identity()
+    net.stem, net.convs, net.head = torch.nn.Identity(), net.convs[:1], torch.nn.Identity()
+    monkeypatch.setattr(vqrae, "group_norm", lambda x, norm: x)
     blurred = F.conv2d(x, (kernel[:, None] * kernel).expand(128, 1, 4, 4), stride=2, padding=1, groups=128)          # all else does nothing
     torch.testing.assert_close(net(x), F.adaptive_max_pool2d(blurred, 16))
+
+
+def test_discriminator_is_convolution_blur_and_group_norm(monkeypatch):
+    net, x = Discriminator(32), torch.rand(2, 3, 64, 64, requires_grad=True)
+    for norm in net.norms: torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    kernel = torch.tensor([1., 3., 3., 1.]) / 8
+    conv, norm = net.convs[0], net.norms[0]
+    y = F.leaky_relu(net.stem(x), 0.1)
+    y = F.conv2d(F.pad(conv(y), (1, 1, 1, 1)), (kernel[:, None] * kernel).expand(32, 1, 4, 4), stride=2, groups=32)
+    net.convs, net.head = net.convs[:1], torch.nn.Identity()
+    inside = lambda t: t[..., 1:-1, 1:-1]                                     # past the edge one has zeros sooner than the other
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "adaptive_max_pool2d", lambda x, _: x)
+        patch.setattr(vqrae, "group_norm", lambda x, norm: x)
+        torch.testing.assert_close(inside(net(x)), inside(F.leaky_relu(y, 0.1)))
+    theirs = F.group_norm(y, norm.num_groups, norm.weight, norm.bias)
+    torch.testing.assert_close(vqrae.group_norm(y, norm), theirs, atol=1e-5, rtol=1e-4)
+    a, b = (torch.autograd.grad((z * torch.arange(32)[:, None]).sin().sum(), x, retain_graph=True)[0] for z in (vqrae.group_norm(y, norm), theirs))
+    torch.testing.assert_close(a, b, atol=1e-3 * b.abs().max().item(), rtol=1e-3)
 
 
 def test_perceptual_losses_are_frozen_and_fit_local_files(tmp_path):

@@ -10,10 +10,8 @@ Train a language model on the tokenizer's two outputs: to write pictures in code
 --task generate. A caption and its picture are one sequence, padded on the left:
     <pad> ... <pad>  a red circle  <|vision_start|>  v_1 v_2 ... v_N  <|vision_end|>         v = code + offset
                      caption       BOI               row by row       EOI
-                                   |------ predict ------|           the loss is on v_1 ... v_N alone
-
+                                   |------ predict ------|           the loss is on v_1 ... v_N alone: N is fixed, no EOI to predict
 Without a caption a sequence begins at BOI: the unconditional prompt of classifier-free guidance, which training makes of one caption in ten.
-EOI is there for whatever may follow a picture; N is fixed, so nothing has to predict it.
 
 --task understand. LLaVA-1.5's layout: N features Z_I, through a connector, in the place of <image>; the loss is on the answers:
     USER: z_1 z_2 ... z_N how many rings are there? ASSISTANT: two </s> USER: ... ASSISTANT: ... </s> <pad> ...       phase sft
@@ -170,7 +168,6 @@ def grow_vocabulary(lm, text_tokenizer, tokenizer, which, max_length):
     lm.config.visual = dict(offset=offset, codes=codes, tokens=tokenizer.config.num_tokens, boi=boi, eoi=eoi, max_length=max_length, tokenizer=which)
 
 def pad(rows, side): return nn.utils.rnn.pad_sequence([*map(torch.tensor, rows)], batch_first=True, padding_side=side)   # B lists -> (B, L)
-
 def pad_left(rows):                               # B lists of ids -> ids and mask, (B, L) each: masked there, any id will do
     return pad(rows, "left"), pad([[1] * len(row) for row in rows], "left")
 

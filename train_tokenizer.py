@@ -132,7 +132,6 @@ def crop(image, size, u=(0.5, 0.5, 1.0), flip=False):
 @functools.lru_cache(maxsize=2)
 def shuffle(n, seed):
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-
 def shuffled(position, n, seed): return int(shuffle(n, seed + position // n)[position % n])       # each of n once an epoch, in another order in each
 
 class Images(torch.utils.data.Dataset):
@@ -164,9 +163,7 @@ class Images(torch.utils.data.Dataset):
                 skipped.append(f"{record['name']}: {' '.join(str(error).split())}")
         raise UserError(f"no readable image in {self.source}: the first is {skipped[0]}")
 
-def read_bytes(path, offset, size):                                           # size -1: the whole file
-    return np.fromfile(path, np.uint8, size, offset=offset).tobytes()
-
+def read_bytes(path, offset, size): return np.fromfile(path, np.uint8, size, offset=offset).tobytes()           # size -1: the whole file
 def read_folder(folder):
     """Images below `folder`, sorted; caption and class from metadata.jsonl, else a .txt beside the image and the parent folder."""
     folder = Path(folder or "''")                                             # no name is not the current folder
@@ -539,7 +536,6 @@ class Scene(NamedTuple):
     rgb: torch.Tensor           # (B, 4, 3) each object's own tint
     background: torch.Tensor    # (B, 3) RGB at the centre
     slope: torch.Tensor         # (B, 2) its change across and down the picture
-
     present = property(lambda self: torch.arange(4) < self.count[:, None])    # (B, 4) bool
 
 def uniforms(index, n):
@@ -570,7 +566,6 @@ def plan(index, task=None):
     return Scene(task, count, relation, shape, color, x, y, radius, 0.1 * u[:, 33:37] - 0.05, rgb, background, 0.06 * (u[:, 45:47] - 0.5))
 
 def article(thing): return f"{'an' if thing[0] == 'o' else 'a'} {thing}"
-
 def captions(scene):
     """Scene -> B captions in GenEval's wording, without its "a photo of"."""
     out = []
