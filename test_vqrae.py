@@ -584,14 +584,14 @@ def test_questions_have_the_scenes_answers():
 def test_segments_lie_under_the_objects():
     scene = tt.plan(torch.arange(20))
     shape, color, middle = tt.segments(scene, 8)
-    assert shape.shape == (20, 64, 16) and torch.equal(shape > 0, color > 0)
+    assert shape.shape == (20, 64, 4) and torch.equal(shape > 0, color > 0)
     for i in range(20):
-        cells = color[i].view(8, 8, 4, 4).transpose(1, 2).reshape(32, 32)     # one cell is two pixels
+        cells = color[i].view(8, 8, 2, 2).transpose(1, 2).reshape(16, 16)     # one cell is four pixels
         for k in range(int(scene.count[i])):
             if tt.SHAPES[scene.shape[i, k]] != "ring":
-                row, column = int(scene.y[i, k] / 2), int(scene.x[i, k] / 2)
+                row, column = int(scene.y[i, k] / 4), int(scene.x[i, k] / 4)
                 assert cells[row, column] == scene.color[i, k] + 1
-                assert torch.allclose(middle[i].view(8, 8, 16, 2)[row // 4, column // 4, row % 4 * 4 + column % 4] * 32 + 32, torch.stack([scene.x[i, k], scene.y[i, k]]))
+                assert torch.allclose(middle[i].view(8, 8, 4, 2)[row // 2, column // 2, row % 2 * 2 + column % 2] * 32 + 32, torch.stack([scene.x[i, k], scene.y[i, k]]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1432,7 +1432,8 @@ def test_bad_input_gets_one_line_and_harms_nothing(trained, folder, tmp_path):
     llama.save_pretrained(tmp_path / "llama")
     train_ar.word_tokenizer(["a word"]).save_pretrained(tmp_path / "llama")
     for flags, message in [(["--lm", "./nowhere"], "neither a folder nor a name"), (["--lm_config", "5"], "JSON of Qwen3Config's values, not 5"), (["--lm_config", "{'a': 5}"], "invalid JSON value"),
-                           (["--lm_config", '{"hidden_sise": 8}'], "it has no hidden_sise"), (["--lm_config", '{"hidden_size": "x"}'], "not {'hidden_size': 'x'}"),
+                           (["--lm_config", '{"hidden_sise": 8}'], "it has no hidden_sise"),
+                           (["--lm_config", '{"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 3, "num_key_value_heads": 2, "head_dim": 8}'], "--lm random needs"), (["--lm_config", '{"hidden_size": "x"}'], "not {'hidden_size': 'x'}"),
                            (["--lm", str(tmp_path / "llama")], "is no Qwen3"), (["--eps", "-1"], "--eps is at least 0")]:
         said = run_inside("train_ar.py", *flags, *new, "--tokenizer", str(out / "tokenizer"))
         assert message in said and "\n" not in said, said

@@ -136,9 +136,9 @@ def build_lm(config, texts):
     if config.lm == "random":
         text_tokenizer = word_tokenizer(texts)
         with explained(f"--lm random needs --lm_config, JSON of Qwen3Config's values, not {config.lm_config}"):
-            strange = set(config.lm_config) - set(Qwen3Config().to_dict())    # it would take any name in silence
-            if strange: raise ValueError(f"it has no {', '.join(strange)}")
-            lm = Qwen3ForCausalLM(Qwen3Config(**config.lm_config | dict(vocab_size=len(text_tokenizer))))
+            if strange := set(config.lm_config) - set(Qwen3Config().to_dict()): raise ValueError(f"it has no {', '.join(strange)}")
+            lm = Qwen3ForCausalLM(Qwen3Config(**config.lm_config | dict(vocab_size=len(text_tokenizer))))     # takes any name in silence
+            lm(torch.zeros(1, 2, dtype=torch.int64))                          # heads that do not go with one another fail here
         nn.init.normal_(lm.get_input_embeddings().weight)                     # smaller words drown in what their first layer attends to: README
         return lm, text_tokenizer
     if not Path(config.lm).is_dir():                                          # fails within seconds where there is no network

@@ -80,7 +80,7 @@ class TrainConfig:
     disc_width: int = 128                 # [TiTok]
     lecam_weight: float = 0.001           # [TiTok]
     # stage 0
-    stage0_steps: int = 1000              # [ours] of 16 shapes pictures
+    stage0_steps: int = 1500              # [ours] of 16 shapes pictures
     stage0_lr: float = 2e-3               # [ours]
     # once in a while
     log_every: int = 50                   # [ours] steps
@@ -99,7 +99,7 @@ PRESETS = {
     # A world of minutes, not days: everything shorter, rates higher, the losses the same but for the perceptual one.
     "config tiny": dict(batch_size=16, total_steps=1100, lr=2e-3, end_lr=1e-4, warmup_steps=50, beta2=0.95, precision="float32",      # [ours]
                  num_workers=0, perceptual="vfm", perceptual_weight=0.005, disc_width=16, log_every=20, eval_every=300, save_every=300),
-    "config tiny, stage 2": dict(total_steps=1150, encoder_lr=1e-3, distill_weight=0.2, disc_start=1090, disc_weight=0.001),         # [ours]
+    "config tiny, stage 2": dict(total_steps=1150, encoder_lr=1e-3, distill_weight=0.05, disc_start=1090, disc_weight=0.001),         # [ours]
 }
 
 CARRIED = {"config", "data", "val_data", "out_dir", "device", "seed", "batch_size", "micro_batch", "num_workers",      # by the next stage
@@ -251,7 +251,7 @@ class Pretrainer(nn.Module):
         self.words = nn.EmbeddingBag(words, width, mode="mean")
         self.text_head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
         self.scale, self.bias = nn.Parameter(torch.tensor(math.log(10.0))), nn.Parameter(torch.tensor(-10.0))
-        self.segment = nn.ModuleList(nn.Linear(dim, 16 * (len(names) + 1)) for names in (SHAPES, COLORS))     # 4 x 4 cells a patch
+        self.segment = nn.ModuleList(nn.Linear(dim, 4 * (len(names) + 1)) for names in (SHAPES, COLORS))      # 2 x 2 cells a patch
         self.place = nn.Linear(dim, 2)
 
     def embed_text(self, texts):
@@ -269,7 +269,7 @@ class Pretrainer(nn.Module):
         losses = dict(sigmoid=-F.logsigmoid(same * logits).sum(1).mean() / 10)   # about as large as the others
         *what, where = (t.to(z.device) for t in segments(scene, math.isqrt(z.shape[1])))
         for head, name, target in zip(self.segment, ("shape", "color"), what):
-            losses[name] = F.cross_entropy(head(z).unflatten(-1, (16, -1)).flatten(0, 2), target.flatten())
+            losses[name] = F.cross_entropy(head(z).unflatten(-1, (4, -1)).flatten(0, 2), target.flatten())
         return losses | dict(place=0.3 * (self.place(z)[:, :, None] - where)[what[0] > 0].abs().mean())
 
 def pretrain(config, model_config, device, path):
@@ -621,10 +621,10 @@ def render(scene):
     return (rgb.transpose(1, 2) @ layers.flatten(2)).view(-1, 3, SIDE, SIDE).clamp_(0, 1)
 
 def segments(scene, grid):
-    """What is where in the 4 x 4 cells of every patch: shape and color, (B, grid * grid, 16) each, 0 for background, else index + 1; and
-    the middle of the cell's object, (B, grid * grid, 16, 2) in [-1, 1]."""
-    cells = F.interpolate(draw_layers(scene)[:, :4], size=4 * grid, mode="area")                              # (B, 4, 4 grid, 4 grid)
-    cover, who = F.unfold(cells, 4, stride=4).unflatten(1, (4, 16)).transpose(2, 3).max(1)                    # (B, N, 16)
+    """What is where in the 2 x 2 cells of every patch: shape and color, (B, grid * grid, 4) each, 0 for background, else index + 1; and
+    the middle of the cell's object, (B, grid * grid, 4, 2) in [-1, 1]."""
+    cells = F.interpolate(draw_layers(scene)[:, :4], size=2 * grid, mode="area")                              # (B, 4, 2 grid, 2 grid)
+    cover, who = F.unfold(cells, 2, stride=2).unflatten(1, (4, 4)).transpose(2, 3).max(1)                     # (B, N, 4)
     shape, color, x, y = (what.gather(1, who.flatten(1)).view_as(who) for what in (scene.shape, scene.color, scene.x, scene.y))
     return [*(torch.where(cover > 0.5, what + 1, 0) for what in (shape, color)), torch.stack([x, y], -1) / 32 - 1]
 

@@ -451,7 +451,7 @@ def resize(images, size, limit=True):
     return images.clamp(0, 1) if limit else images
 
 def compile_parts(*networks):
-    """torch.compile of each block in `networks` by itself: equal ones share one compilation; all of it takes about a minute."""
+    """torch.compile of each block in `networks` by itself: equal ones share one compilation; all of it takes a minute or two."""
     torch._dynamo.config.optimize_ddp = False                                 # it would cut each block into pieces as large as DDP's buckets
     options = dict(comprehensive_padding=False)                               # so400m's rows of 4,304 numbers, padded, cost each bias a copy
     for part in (part for network in filter(None, networks) for part in network.modules()):
