@@ -9,8 +9,7 @@ Draw pictures for captions: text -> codes -> pixels, with a generator that train
     python sample.py --image FILE --ask "how many circles are there?"         after train_ar.py --task understand
 
 --geneval and --dpg go on where they stopped: a picture that is there is not made again, so give other settings, or a new model, another --out.
-With the same model and settings a picture depends on its caption, --seed and its number among the caption's pictures alone: not on
-batch size, rank or the other captions (float32, CPU).
+A picture depends on model, settings, caption, --seed and its number among the caption's alone: not on batch, rank or other captions (float32, CPU).
 """
 import collections, functools, json, re, time, zlib
 from dataclasses import dataclass

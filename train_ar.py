@@ -40,8 +40,7 @@ from vqrae import (Log, Ranks, UserError, bench, check_finite, check_run, check_
                    ignore_signals, load_checkpoint, load_teacher, load_tokenizer, lr_factor, next_command, no_autocast, open_run, parse_config,
                    print_config, report, resize, save_checkpoint, split_batch, uniform)
 
-logging.set_verbosity_error()                     # transformers' own
-logging.disable_progress_bar()
+logging.set_verbosity_error(), logging.disable_progress_bar()                 # transformers' own
 
 # ---- Configuration. Defaults are the paper's generator. Sources: [T9] the paper's Table 9, [LlamaGen], [ours].
 @dataclass
@@ -61,7 +60,7 @@ class ARConfig:
     bench: int = 0                        # time that many steps on one batch, and stop; saves nothing but missing codes-*.npy
     profile: bool = False                 # with --bench: torch.profiler's table of where the time goes
     precision: Literal["bf16", "float32", "float64"] = "bf16"  # [T9] autocast; weights and loss stay float32
-    compile: bool = False                 # torch.compile, block by block: a minute or so first, then faster steps on a GPU
+    compile: bool = False                 # torch.compile, block by block: a minute or two first, then faster steps on a GPU
     checkpointing: bool = False           # recompute activations in the backward pass: less memory, more time
     seed: int = 0                         # of weights, files' order and dropped captions
     # model

@@ -46,7 +46,7 @@ class TrainConfig:
     profile: bool = False                 # with --bench: torch.profiler's table of where the time goes
     precision: Literal["bf16", "float32", "float64"] = "bf16"  # [T7] autocast; losses and code distances stay float32
     loss_precision: Literal["bf16", "float32"] = "float32"  # [TiTok] of the perceptual networks and the discriminator; bf16 is faster on a GPU
-    compile: bool = False                 # torch.compile, block by block: a minute or so first, then faster steps on a GPU
+    compile: bool = False                 # torch.compile, block by block: a minute or two first, then faster steps on a GPU
     checkpointing: bool = False           # recompute activations in the backward pass: less memory, more time
     tf32: bool = False                    # float32 products in TensorFloat-32 on a GPU, the code search included
     seed: int = 0                         # of weights, files' order and crops
@@ -96,7 +96,7 @@ PRESETS = {
     "config internvit_448": dict(batch_size=768, total_steps=45_000),                                                                 # [T7]
     "config internvit_448, stage 2": dict(disc_start=30_000, total_steps=60_000),                                                     # [T7]
     "config siglip2_base_256": dict(batch_size=256, micro_batch=32),                                                                  # [ours]
-    # A world of minutes, not days: everything shorter, rates higher, the losses the same but for the perceptual one.
+    # A world of minutes, not days: everything shorter, rates higher, the same losses at other weights, and a perceptual one without download.
     "config tiny": dict(batch_size=16, total_steps=1100, lr=2e-3, end_lr=1e-4, warmup_steps=50, beta2=0.95, precision="float32",      # [ours]
                  num_workers=0, perceptual="vfm", perceptual_weight=0.005, disc_width=16, log_every=20, eval_every=300, save_every=300),
     "config tiny, stage 2": dict(total_steps=1150, encoder_lr=1e-3, distill_weight=0.05, disc_start=1090, disc_weight=0.001),         # [ours]
@@ -321,7 +321,8 @@ def starting_point(config, model_config, ranks, resumed):
             source = run / "stage0.pt"
             if config.init_from not in ("", "none") and not source.exists(): raise UserError(f"no {source}: --init_from names a run that has one")
             with ranks.first_alone():
-                if not source.exists(): pretrain(config, model_config, ranks.device, source)
+                if source.exists(): ranks.say(f"encoder from {source}: --stage 0 --overwrite would make it anew")
+                else: pretrain(config, model_config, ranks.device, source)
             of_encoder = {name: getattr(model_config, name) for name in ("encoder", "encoder_kwargs", "patch_size", "dim")}
             check_same(load_checkpoint(source).get("model_config", {}), of_encoder, f"{source} is of another encoder, choose another --out_dir")
         load_encoder_weights(model.encoder, str(source))

@@ -354,10 +354,10 @@ class PerceptualLoss(nn.Module):
             loss = loss + 0.1 * F.mse_loss(*(self.convnext((i - self.mean) / self.std) for i in (x, y)))          # logits (B, 1000)
         return loss
 
-def group_norm(x, norm):                          # nn.GroupNorm, but by each channel's own mean first: compiled, twice as fast for channels-last
+def group_norm(x, norm):                          # nn.GroupNorm's numbers, each channel averaged first: in channels-last that is fast once compiled
     groups = full(x).unflatten(1, (norm.num_groups, -1))                      # (B, G, C / G, H, W)
-    mean, square = (t.mean((3, 4), keepdim=True).mean(2, keepdim=True) for t in (groups, groups.square()))      # (B, G, 1, 1, 1)
-    groups = (groups - mean) * (square - mean.square() + norm.eps).rsqrt()
+    groups = groups - groups.mean((3, 4), keepdim=True).mean(2, keepdim=True)
+    groups = groups * (groups.square().mean((3, 4), keepdim=True).mean(2, keepdim=True) + norm.eps).rsqrt()
     return (groups.flatten(1, 2) * norm.weight[:, None, None] + norm.bias[:, None, None]).to(x.dtype)          # (B, C, H, W)
 
 class Discriminator(nn.Module):
@@ -375,9 +375,11 @@ class Discriminator(nn.Module):
     def forward(self, images):                                                # (B, 3, H, W)
         x = F.leaky_relu(self.stem(images), 0.1)                              # (B, width, H, W)
         for conv, norm in zip(self.convs, self.norms):
-            # TiTok's blur, (1, 3, 3, 1) / 8 at stride 2, after 3 x 3 is one 6 x 6 (but at the edge): 3 x 3 on squares of 2 x 2 pixels as channels.
+            # 3 x 3, then TiTok's blur, (1, 3, 3, 1) / 8 each way at stride 2, are one convolution of 6 x 6 at stride 2 (but at the edge), and that
+            # is one of 3 x 3 on squares of 2 x 2 pixels as channels, twice as fast on a GPU. An odd row or column is left out.
             weight = torch.einsum("oiab,xa,yb->oixy", conv.weight, self.blur, self.blur)
-            x = F.conv2d(F.pixel_unshuffle(x, 2), F.pixel_unshuffle(weight, 2), conv.bias, padding=1)
+            x = F.pixel_unshuffle(x[..., :x.shape[2] // 2 * 2, :x.shape[3] // 2 * 2], 2)
+            x = F.conv2d(x, F.pixel_unshuffle(weight, 2), conv.bias, padding=1)
             x = F.leaky_relu(group_norm(x, norm), 0.1)                        # half the height and width
         return self.head(F.adaptive_max_pool2d(x, 16))                        # (B, 1, 16, 16)
 
@@ -453,14 +455,13 @@ def resize(images, size, limit=True):
 def compile_parts(*networks):
     """torch.compile of each block in `networks` by itself: equal ones share one compilation; all of it takes a minute or two."""
     torch._dynamo.config.optimize_ddp = False                                 # it would cut each block into pieces as large as DDP's buckets
-    options = dict(comprehensive_padding=False)                               # so400m's rows of 4,304 numbers, padded, cost each bias a copy
+    options = dict(comprehensive_padding=False)                               # else so400m's rows of 4,304 are padded, and biases copied
     for part in (part for network in filter(None, networks) for part in network.modules()):
         name = type(part).__name__                                            # timm's and transformers' blocks; the losses' networks
         if name in ("Block", "ConvNeXt", "LPIPS", "Discriminator"): part.compile(dynamic=False, options=options)
         if name.endswith("DecoderLayer"): part.compile(options=options)       # lengths vary
 
 def uniform(seed, n): return torch.rand(n, generator=torch.Generator().manual_seed(seed % 2 ** 63))      # n numbers in [0, 1), the same for a seed
-
 def lr_factor(step, warmup, total, floor):
     """Linear warmup to 1, cosine to `floor`; a floor above 1 counts as 1: no rate rises again."""
     progress, floor = min(1.0, (step - warmup) / max(1, total - warmup)), min(1.0, floor)
