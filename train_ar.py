@@ -102,7 +102,7 @@ PRESETS = {
     "phase pretrain": dict(lr=1e-3, total_steps=2325, warmup_steps=70, batch_size=256),
     "phase sft": dict(lr=2e-5, total_steps=5195, warmup_steps=156, batch_size=128),
     "config siglip2_base_256, task generate": dict(batch_size=128, micro_batch=16),                                                   # [ours]
-    "config tiny": dict(lm="random", max_length=128, precision="float32", batch_size=16, num_workers=0, total_steps=2600, lr=3e-3,    # [ours]
+    "config tiny": dict(lm="random", max_length=128, precision="float32", batch_size=16, num_workers=0, total_steps=2900, lr=3e-3,    # [ours]
                         end_lr=1e-4, weight_decay=0.1, warmup_steps=50, log_every=20, eval_every=1000, save_every=1000, lm_config=TINY_LM),
     "config tiny, task understand": dict(max_length=192, weight_decay=0.05, lm_config=TINY_LM | dict(                                 # [ours]
         intermediate_size=384, num_attention_heads=4, num_key_value_heads=4, head_dim=32)),
