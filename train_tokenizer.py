@@ -321,7 +321,7 @@ def starting_point(config, model_config, ranks, resumed):
             source = run / "stage0.pt"
             if config.init_from not in ("", "none") and not source.exists(): raise UserError(f"no {source}: --init_from names a run that has one")
             with ranks.first_alone():
-                if source.exists(): ranks.say(f"encoder from {source}: --stage 0 --overwrite would make it anew")
+                if source.exists(): ranks.say(f"encoder from {source}; --stage 0 --overwrite makes another in {config.out_dir}")
                 else: pretrain(config, model_config, ranks.device, source)
             of_encoder = {name: getattr(model_config, name) for name in ("encoder", "encoder_kwargs", "patch_size", "dim")}
             check_same(load_checkpoint(source).get("model_config", {}), of_encoder, f"{source} is of another encoder, choose another --out_dir")
