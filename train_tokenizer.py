@@ -21,6 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import save_image
 from tqdm import tqdm
@@ -378,6 +379,7 @@ def train(config, model_config, ranks):
     nn.ModuleList(filter(None, (model, teacher, perceptual, discriminator))).to(device, dtype)
     nn.ModuleList(filter(None, (perceptual, discriminator))).to(memory_format=torch.channels_last)      # faster convolutions, the same numbers
     ema = copy.deepcopy(model).requires_grad_(False).eval()
+    learned = [*zip(*((e, p) for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad))]      # what is frozen stays bit for bit
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = config.tf32
     model.encoder.vit.set_grad_checkpointing(config.checkpointing and not frozen)
@@ -464,9 +466,7 @@ def train(config, model_config, ranks):
         optimizer.step()
         optimizer.zero_grad()
         decay = min(config.ema_decay, (1 + step) / (10 + step))
-        for e, p in zip(ema.parameters(), model.parameters()):
-            if p.requires_grad:                                               # what is frozen stays bit for bit
-                e.lerp_(p.detach(), 1 - decay)
+        get_ema_multi_avg_fn(decay)(*learned, None)                           # decay * ema + (1 - decay) * model, all weights in one call
         # ----------------------------------------------------------------------------------------------------------------
         if (step + 1) % config.log_every == 0:
             (usage, perplexity, _), counts = code_usage(ranks.sum(counts)), torch.zeros_like(counts)
