@@ -19,7 +19,7 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from sample import PRESETS, SampleConfig, answer, generate
-from train_ar import load_generator, load_mllm, questions
+from train_ar import identity, load_generator, load_mllm, questions
 from train_tokenizer import (ATLAS, EXTENT, HELD_OUT, PALETTE, SHAPES, SIDE, TASKS, VALIDATION, WINDOW, Images, Scene, batches, captions, masks, plan,
                              render)
 from vqrae import (Ranks, SimVQ, UserError, as_file, build_lpips, check_least, code_usage, command_line, explained, load_checkpoint,
@@ -31,7 +31,7 @@ class EvalConfig:
     config: str = "tiny"                  # whose run folder: a key of vqrae.MODELS
     data: str = "shapes"                  # shapes, a folder of images, or 'shards-{000..127}.tar'
     part: Literal["all", "val"] = "all"   # of a folder or shards; val: those that training without --val_data held out
-    num_images: int = 0                   # as many of them, evenly spread, or all if there are fewer; 0: 2048, 512 with --vqa or --generation
+    num_images: int = 0                   # as many, of files evenly spread, or all if there are fewer; 0: 2048, 512 with --vqa or --generation
     size: int = 0                         # score at this many pixels a side (the paper: 256); 0: the tokenizer's own
     out_dir: str = ""                     # the run's folder, where eval.json goes; "": out/CONFIG
     batch_size: int = 64                  # images at a time on each rank
@@ -102,7 +102,7 @@ def reconstruction(model, nets, dataset, positions, config, ranks):
             T_X = nets["teacher"](seen)
             sums["cosine_to_teacher"] += F.cosine_similarity(result.Z_I, T_X, dim=-1).mean(1).sum().item()
             features["fd_vfm", 0] += moments(T_X.mean(1))
-            features["fd_vfm", 1] += moments(nets["teacher"](resize(y, native)).mean(1))
+            features["fd_vfm", 1] += moments(nets["teacher"](resize(as_file(result.reconstruction), native)).mean(1))
         if "rfid" in nets:
             for side, images in enumerate((x, y)): features["rfid", side] += moments(nets["rfid"]((images * 255).round().to(torch.uint8))[0])
         if result.indices is not None: counts += torch.bincount(result.indices.flatten().cpu(), minlength=len(counts))
@@ -122,21 +122,18 @@ def reconstruction(model, nets, dataset, positions, config, ranks):
     small = [name for name in names if n < (2048 if name == "rfid" else 2 * model.config.dim)]
     out["reasons"] = dict(few_images=f"{n} images are too few for a steady {' and '.join(small)}") if small else {}
     if dataset and (skipped := ranks.sum(torch.tensor(len(dataset.skipped))).item()):
-        out["reasons"]["skipped"] = f"{skipped} unreadable images: those after them are scored twice"
-    out["protocol"] = (f"{config.data}: {n} images, shorter edge to {dataset.size if dataset else native} px (bicubic, antialiased), centre crop; "
-                       f"reconstructed at {native} px, scored at {size} px, clamped and rounded to 8 bits; PSNR per image, then mean; "
-                       f"reference set: the same images")
+        out["reasons"]["skipped"] = f"{skipped} unreadable images: those after them are scored again"
+    cropped = f", shorter edge to {dataset.size} px (bicubic, antialiased), centre crop" if dataset else ""
+    out["protocol"] = (f"{config.data}: {n} images{cropped}; reconstructed at {native} px, scored at {size} px, clamped and rounded to 8 bits; "
+                       f"PSNR per image, then mean; reference set: the same images")
     return out, counts
 
 # ---- Semantics without a language model: classes from mean-pooled features
 def knn(train, train_labels, test, test_labels, k=20):
     """Top-1 accuracy of a vote of the k nearest by cosine. (n, f), (n,), (m, f), (m,) -> float."""
-    train, right = F.normalize(train, dim=1), 0
-    for part, labels in zip(test.split(1024), test_labels.split(1024)):       # never all n x m similarities
-        weight, index = (F.normalize(part, dim=1) @ train.T).topk(min(k, len(train)), dim=1)
-        votes = torch.zeros(len(part), int(train_labels.max()) + 1).scatter_add(1, train_labels[index], (weight / 0.07).exp())
-        right += (votes.argmax(1) == labels).sum().item()
-    return right / len(test)
+    near, index = (F.normalize(test, dim=1) @ F.normalize(train, dim=1).T).topk(min(k, len(train)), dim=1)    # (m, n) -> (m, k)
+    votes = torch.zeros(len(test), int(train_labels.max()) + 1).scatter_add(1, train_labels[index], (near / 0.07).exp())
+    return (votes.argmax(1) == test_labels).float().mean().item()
 
 def probe(train, train_labels, test, test_labels, steps=100, decay=1e-3):
     """Top-1 accuracy of a multinomial logistic regression on standardised features, L-BFGS."""
@@ -217,8 +214,7 @@ def find_objects(images, least_area=25):
     mass, at = cover.sum((1, 2)), torch.arange(SIDE) + 0.5
     x, y = (cover.sum(1) @ at) / mass, (cover.sum(2) @ at) / mass
     unit_area = (ATLAS > 0).float().mean((1, 2, 3)) * (2 * EXTENT) ** 2       # (6,) at radius 1
-    s = len(SHAPES)
-    radius = (mass[:, None] / unit_area).sqrt().clamp(4, 13)                  # (M, 6): each shape in the size of that area
+    radius, s = (mass[:, None] / unit_area).sqrt().clamp(4, 13), len(SHAPES)     # (M, 6): each shape in the size of that area
     centers, straight = (i.repeat_interleave(s) for i in (x, y)), torch.zeros(len(x) * s)
     drawn, rows, columns = masks(torch.arange(s).repeat(len(x)), *centers, radius.flatten(), straight)
     seen = cover[torch.arange(len(x))[:, None, None], rows[::s], columns[::s]]                             # (M, W, W)
@@ -338,7 +334,7 @@ def evaluate(folder, config, ranks):
 def draw_curves(out):
     """Loss, PSNR and codebook usage over steps, from every log_*.jsonl of the run -> curves.png."""
     with explained("--curves needs matplotlib: pip install matplotlib", ImportError): import matplotlib.pyplot as plt
-    logs = {path.stem[4:]: [json.loads(line) for line in path.read_text().splitlines()] for path in sorted(out.glob("log_*.jsonl"))}
+    logs = {path.stem[4:]: [json.loads(line) for line in path.open() if line.endswith("}\n")] for path in sorted(out.glob("log_*.jsonl"))}
     if not logs: raise UserError(f"no log_*.jsonl in {out}: --out_dir names the run")
     _, axes = plt.subplots(1, 3, figsize=(15, 4))
     for axis, keys in zip(axes, (("loss", "val_loss"), ("val_psnr",), ("codebook_usage", "val_codebook_usage"))):
@@ -367,19 +363,19 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     if config.curves: return draw_curves(out)
     if config.generation and not ranks.first: return
-    path, before = out / ("vqa.json" if config.vqa else "eval.json"), {}
-    if len(config.tokenizers) < 2 and not config.vqa:                         # scores of a tokenizer and of its generator stand side by side
-        with contextlib.suppress(OSError, ValueError):
-            before = {key: value for key, value in json.loads(path.read_text()).items() if config.generation or key.startswith("geneval")}
     for folder in config.tokenizers[1:]: load_tokenizer(folder)               # or the first's hour would be lost
     score = generation if config.generation else vqa if config.vqa else evaluate
-    results = {folder: score(folder, config, ranks) for folder in config.tokenizers or [f"{config.out_dir}/tokenizer"]}
-    result = results if len(results) > 1 else next(iter(results.values()))
+    folders = config.tokenizers or [f"{config.out_dir}/tokenizer"]
+    results = {folder: score(folder, config, ranks) | dict(tokenizer=identity(folder)) for folder in folders}
     if ranks.first:
+        path, result = out / ("vqa.json" if config.vqa else "eval.json"), results if len(results) > 1 else results[folders[0]]
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):          # a tokenizer's scores and its generator's stand side by side
+            if (before := json.loads(path.read_text()))["tokenizer"] == result["tokenizer"]:
+                result = {key: value for key, value in before.items() if config.generation or key.startswith("geneval")} | result
         print(table(results))
         for folder, found in results.items():
             print(f"{folder}: {found.get('protocol') or found['geneval_protocol']}", *map(": ".join, found.get("reasons", {}).items()), sep="\n  ")
-        path.write_text(json.dumps(before | result, indent=1))
+        path.write_text(json.dumps(result, indent=1))
         print(f"wrote {path}")
 
 if __name__ == "__main__":

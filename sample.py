@@ -22,7 +22,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 from transformers import AttentionInterface, StaticCache, TopKLogitsWarper
 
-from train_ar import chat, layout, load_generator, load_mllm, pad_left, square, visual_logits
+from train_ar import chat, layout, load_generator, load_mllm, pad_ids, square, visual_logits
 from vqrae import Ranks, UserError, check_least, command_line, explained, full, parse_config, print_config, resize, uniform
 
 @dataclass
@@ -110,7 +110,7 @@ def cache_and_step(lm, length, compiled, *_):     # _: rows, type and device; fo
 
 @torch.inference_mode()                           # a tenth faster than no_grad where steps are small
 def generate(lm, text_tokenizer, prompts, seeds, guidance=1.0, temperature=1.0, top_k=0, top_p=1.0, width=0, compiled=False, bar=None):
-    """B captions and B seeds -> codes (B, N) int64. "" is the unconditional prompt. See SampleConfig for the options' ranges.
+    """B captions and B seeds -> codes (B, N) int64. "" is the unconditional prompt. See check_options for the options' ranges.
     width: columns for the captions, if more than the longest needs (equal shapes spare compilations). compiled: with
     torch.compile, worth it on a GPU. bar: a tqdm, that counts codes. Raises UserError on an option out of range."""
     check_options(guidance, temperature, top_k, top_p)
@@ -144,7 +144,7 @@ def generate(lm, text_tokenizer, prompts, seeds, guidance=1.0, temperature=1.0, 
 def answer(mllm, text_tokenizer, Z_I, questions, max_new_tokens=64):
     """Features (B, N, d) of B images and a question about each -> B answers, the likeliest word by word."""
     chats = [chat(text_tokenizer, [(f"<image>\n{question}", None)], Z_I.shape[1])[0] for question in questions]
-    ids, mask = (t.to(Z_I.device) for t in pad_left(chats))
+    ids, mask = (t.to(Z_I.device) for t in pad_ids(chats))
     ids = mllm.lm.generate(inputs_embeds=mllm.embed(ids, Z_I), attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens,
                            eos_token_id=text_tokenizer.eos_token_id, pad_token_id=text_tokenizer.eos_token_id)
     return [text.strip() for text in text_tokenizer.batch_decode(ids, skip_special_tokens=True)]
@@ -166,7 +166,7 @@ def read_jobs(config):
     """-> out folder and jobs."""
     each = config.num_images or (4 if config.geneval or config.dpg else 1)
     seeds = lambda prompt: [zlib.crc32(f"{config.seed + j} {prompt}".encode()) for j in range(each)]     # no two captions share chance
-    read = lambda file: [line.rstrip("\n") for line in open(file, encoding="utf-8", errors="replace")]
+    read = lambda file: [line.rstrip("\n") for line in open(file, encoding="utf-8-sig", errors="replace")]
     out = Path(config.out or f"{config.out_dir}/{'geneval' if config.geneval else 'dpg' if config.dpg else 'samples'}")
     jobs = []
     if config.geneval:                            # OUT/00003/metadata.jsonl, OUT/00003/samples/00000.png, ...
@@ -243,7 +243,7 @@ def main():
     if ranks.first and not (config.dpg or config.geneval): save_image(shown, out / "grid.png", nrow=8)
     if config.dpg: ranks.say(f"\nNext, in DPG-Bench's repository: compute_dpg_bench.py --image-root-path {out} --pic-num 4 --resolution {resolution}")
     elif config.geneval: ranks.say(f"\nNext, in GenEval's repository: evaluation/evaluate_images.py {out} --outfile results.jsonl")
-    else: ranks.say(f"\n{len(jobs)} pictures in {out}; the first {len(shown)} together in {out / 'grid.png'}")
+    else: ranks.say(f"\n{len(jobs)} pictures in {out}; {len(shown)} of them together in {out / 'grid.png'}")
 
 if __name__ == "__main__":
     command_line(main)

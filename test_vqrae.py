@@ -684,6 +684,15 @@ def test_no_readable_image_is_an_error(tmp_path):
         tt.Images(str(tmp_path), 32)[0]
 
 
+def test_bad_images_among_few_good_ones_are_stepped_over_and_named_once(tmp_path):
+    for i in range(3):
+        (tmp_path / f"bad{i}.png").write_bytes(b"x")
+    Image.new("RGB", (20, 20)).save(tmp_path / "good.png")
+    data = tt.Images(str(tmp_path), 16)
+    assert sum(len(batch["image"]) for batch in tt.batches(data, 16, range(100), 4)) == 100
+    assert sorted(line.split(":")[0][-8:-4] for line in data.skipped) == ["bad0", "bad1", "bad2"]
+
+
 def test_captions_and_classes(folder):
     (folder / "a" / "metadata.jsonl").write_text(json.dumps(dict(file_name="00.png", text="zero\u2028", label="cat"), ensure_ascii=False) + '\n{"file_name": "02.png", "label": null}\n')
     (folder / "b" / "01.txt").write_text("one\n")
@@ -1201,11 +1210,11 @@ def test_the_layout_scores_pictures_alone():
             return type("Ids", (), dict(input_ids=[[ord(c) % 6 for c in text] for text in texts]))
     codes = torch.randint(24, (2, 16))
     ids, mask = train_ar.layout(Words(), visual, ["abc", ""], codes)
-    assert ids.shape == (2, 3 + 1 + 16 + 1) and mask.tolist()[1][:3] == [0, 0, 0] and mask[0].all()
-    assert ids[1, 3] == 6 and ids[0, -1] == 7 and torch.equal(ids[:, 4:-1], codes + 10)
+    assert ids.shape == (2, 3 + 1 + 16 + 1) and mask.tolist()[1][-3:] == [0, 0, 0] and mask[0].all()
+    assert ids[0].tolist() == [1, 2, 3, 6, *(codes[0] + 10), 7] and ids[1, :18].tolist() == [6, *(codes[1] + 10), 7]
+    assert [row.tolist() for row in train_ar.layout(Words(), visual, ["abc", ""])] == [[[1, 2, 3, 6], [0, 0, 0, 6]], [[1] * 4, [0, 0, 0, 1]]]
     logits = torch.randn(2, 16, 24, requires_grad=True)
-    task = type("Task", (), dict(visual=visual))
-    loss = train_ar.Generate.loss(task, lambda ids, mask: logits, ids, mask)
+    loss = train_ar.Generate.loss(None, lambda ids, mask: logits, ids, mask, codes)
     torch.testing.assert_close(loss, F.cross_entropy(logits.reshape(-1, 24), codes.flatten()))
 
 
@@ -1279,6 +1288,20 @@ def test_codes_of_a_folder_are_cached_and_refused_when_they_should_be(trained, f
     next(data.rglob("*.png")).unlink()
     assert "other images" in run_inside("train_ar.py", *flags, *stage2, "--overwrite")
     assert run_inside("train_ar.py", *flags, *stage1, "--overwrite", "--overwrite_cache") == "no error"
+    flags[1], flags[-3] = str(tmp_path / "0.tar"), str(tmp_path / "run of shards")
+    for caption in (b"one", b"two"):                                          # a shard of the same size and other content
+        with tarfile.open(flags[1], "w") as tar:
+            for i in range(24):
+                for name, content in ((f"{i}.jpg", (folder / "a" / "00.png").read_bytes()), (f"{i}.txt", caption)):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        os.utime(flags[1], (1e9, 1e9 + (caption == b"two")))
+        assert ("no error" if caption == b"one" else "other images") in run_inside("train_ar.py", *flags, *stage2, "--overwrite")
+    shutil.rmtree(data / "a"), shutil.rmtree(data / "b")
+    Image.new("RGB", (9, 9)).save(data / "bare.png"), Image.new("RGB", (9, 9)).save(data / "bald.png")
+    flags[1], flags[-3] = str(data), str(tmp_path / "bare")
+    assert "has caption or class" in run_inside("train_ar.py", *flags, *stage2) and not [*(tmp_path / "bare").glob("codes*")]
 
 
 def test_generated_pictures_are_scored(trained, tmp_path):
@@ -1286,10 +1309,13 @@ def test_generated_pictures_are_scored(trained, tmp_path):
     said = run("train_tokenizer.py", *WEE[4:], "--dim", 32, "--encoder_kwargs", WEE[5], "--stage0_steps", 2, "--out_dir", out, "--total_steps", 2)
     assert "tokenizer" in said
     run("train_ar.py", "--out_dir", out, "--batch_size", 4, "--total_steps", 2, "--val_images", 8, "--device", "cpu")
-    (out / "eval.json").write_text('{"psnr": 1.0}')
-    said = run("eval.py", "--generation", "--num_images", 24, "--out_dir", out)
-    found = json.loads((out / "eval.json").read_text())
-    assert found["psnr"] == 1.0 and "| geneval overall |" in said and Image.open(out / "geneval.png").size[1] > 6 * 64
+    for which, kept in (("another", False), (train_ar.identity(out / "tokenizer"), True)):       # of the same tokenizer side by side, of others never
+        (out / "eval.json").write_text(json.dumps(dict(psnr=1.0, tokenizer=which)))
+        said = run("eval.py", "--generation", "--num_images", 24, "--out_dir", out) if kept else run_inside(
+            "eval.py", "--generation", "--num_images", "24", "--out_dir", str(out), "--device", "cpu")
+        found = json.loads((out / "eval.json").read_text())
+        assert found.get("psnr") == (1.0 if kept else None)
+    assert "| geneval overall |" in said and Image.open(out / "geneval.png").size[1] > 6 * 64
     for key in ("geneval", "geneval_ceiling"):
         assert set(found[key]) == {*tt.TASKS[:6], "overall", "held_out_pairs"} and 0 <= found[key]["overall"] <= 1
     assert "of 64 px" in run("eval.py", "--generation", "--out_dir", trained[0], fails=True)
@@ -1396,6 +1422,14 @@ def test_eval_writes_the_fixed_keys_and_two_ranks_agree(trained):
             assert two[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
 
 
+def test_the_distance_in_the_vfms_features_is_taken_at_its_own_size(trained, tmp_path):
+    found = []
+    for size in ("0", "16"):
+        assert run_inside("eval.py", str(trained[0] / "tokenizer"), "--num_images", "16", "--size", size, "--out_dir", str(tmp_path), "--device", "cpu") == "no error"
+        found.append(json.loads((tmp_path / "eval.json").read_text()))
+    assert found[0]["fd_vfm"] == found[1]["fd_vfm"] and found[0]["psnr"] != found[1]["psnr"]
+
+
 def test_bad_input_gets_one_line_and_harms_nothing(trained, folder, tmp_path):
     out, _ = trained
     before = {path.name: path.read_bytes() for path in out.glob("*.pt")}
@@ -1407,13 +1441,16 @@ def test_bad_input_gets_one_line_and_harms_nothing(trained, folder, tmp_path):
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/harm",)
     torch.save(Bomb(), tmp_path / "evil" / "stage1.pt")
+    torch.save({"encoder.layers.0.self_attn.q_proj.weight": torch.zeros(4, 4)}, tmp_path / "half.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
     stage2, new = ["--stage", "2"], ["--out_dir", str(tmp_path / "new")]
     for flags, message in [
             (new + stage2, "run `python train_tokenizer.py"), (new + ["--resume"], "nothing to resume"), (["--out_dir", str(out)], "--overwrite"),
             (new + ["--init_from", str(out)] + stage2 + ["--codebook_size", "20"], "codebook_size is 24 there, 20 here"),
             (new + ["--init_from", str(tmp_path / "evil")] + stage2, "not loaded"), (["--out_dir", str(tmp_path / "file" / "x")], "Not a directory"),
             (new + ["--init_from", str(tmp_path / "none")], "names a run that has one"), (new + ["--data", str(tmp_path / "none")], "no such folder"), (new + ["--data", ""], "no such folder"), (new + ["--disc_lr", "-1"], "at least 0"), (new + ["--data", str(tmp_path / "empty")], "no images in it"),
-            (new + ["--batch_size", "6", "--micro_batch", "4"], "multiple"), (new + ["--perceptual", "lpips", "--lpips_weights", "none.pt"], "no file none.pt"),
+            (new + ["--batch_size", "6", "--micro_batch", "4"], "multiple of 1 ranks times --micro_batch 4"), (new + ["--ema_decay", "nan"], "at least 0"),
+            (new + ["--encoder_weights", str(tmp_path / "half.pt")], "does not fit the encoder"), (new + ["--encoder_weights", str(tmp_path / "list.pt")], "cannot be read"), (new + ["--perceptual", "lpips", "--lpips_weights", "none.pt"], "no file none.pt"),
             (new + ["--encoder", "no_such_vit"], "timm cannot build no_such_vit"), (new + ["--device", "cuda:9"], "--device cuda:9"),
             (new + ["--clip", "0"], "--clip is at least"), (new + ["--data", str(tmp_path / "x-{5..2}.tar")], "no readable shard"),
             (new + ["--encoder_weights", "none.pt"], "no file none.pt"), (new + ["--stage", "0", "--encoder_weights", "random"], "stage 0 is for")]:
@@ -1473,6 +1510,17 @@ def test_a_resumed_run_takes_the_new_rates(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(tt, "distill_loss", lambda a, b: a.sum() * math.inf)  # a run that starts over leaves nothing of the old one to resume
     assert "distill is" in run_inside("train_tokenizer.py", *flags, "--overwrite")
     assert "nothing to resume" in run_inside("train_tokenizer.py", *flags, "--resume")
+
+
+def test_stage_2_wants_the_stage_1_that_it_began_from_with_its_encoder_frozen(trained, tmp_path):
+    new = [*WEE, "--out_dir", str(tmp_path), "--init_from", str(trained[0])]
+    assert run_inside("train_tokenizer.py", *new) == "no error"
+    stage2 = [*WEE, "--out_dir", str(tmp_path), "--stage", "2"]
+    assert run_inside("train_tokenizer.py", *stage2) == "no error"
+    assert run_inside("train_tokenizer.py", *new, "--overwrite", "--seed", "1") == "no error"
+    assert "is not what this stage 2 began from" in run_inside("train_tokenizer.py", *stage2, "--resume", "--total_steps", "9")
+    assert run_inside("train_tokenizer.py", *new, "--overwrite", "--encoder_lr", "0.01") == "no error"
+    assert "moved its encoder" in run_inside("train_tokenizer.py", *stage2, "--overwrite")
 
 
 def test_a_collapsed_codebook_is_called_out(trained, tmp_path, monkeypatch, capsys):

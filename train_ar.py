@@ -7,10 +7,10 @@ Train a language model on the tokenizer's two outputs: to write pictures in code
     python train_ar.py --task understand            tiny: answer questions about drawn shapes; both phases
     torchrun --nproc_per_node=8 train_ar.py --config siglip2_256 --task understand --phase pretrain --data LLAVA.json --images DIR     and --phase sft
 
---task generate. A caption and its picture are one sequence, padded on the left:
-    <pad> ... <pad>  a red circle  <|vision_start|>  v_1 v_2 ... v_N  <|vision_end|>         v = code + offset
-                     caption       BOI               row by row       EOI
-                                   |------ predict ------|           the loss is on v_1 ... v_N alone: N is fixed, no EOI to predict
+--task generate. A caption and its picture are one sequence:
+    a red circle  <|vision_start|>  v_1 v_2 ... v_N  <|vision_end|>  <pad> ... <pad>         v = code + offset
+    caption       BOI               row by row       EOI
+                  |------ predict ------|            the loss is on v_1 ... v_N alone: N is fixed, no EOI to predict
 Without a caption a sequence begins at BOI: the unconditional prompt of classifier-free guidance, which training makes of one caption in ten.
 
 --task understand. LLaVA-1.5's layout: N features Z_I, through a connector, in the place of <image>; the loss is on the answers:
@@ -49,7 +49,7 @@ class ARConfig:
     task: Literal["generate", "understand"] = "generate"  # write pictures, or answer questions about them
     phase: Literal["", "pretrain", "sft"] = ""  # [T8] of understanding: connector on captions, then LLM too on conversations; "": both
     data: str = "shapes"                  # shapes; generate: folder of captioned images or 'shards-{000..127}.tar'; understand: LLaVA's JSON
-    val_data: str = ""                    # the same for validation; "": every 20th image of the data is held out
+    val_data: str = ""                    # the same for validation; "": every 20th image is held out; of shapes other numbers
     images: str = ""                      # understand: the folder that the JSON's image paths start from; "": the JSON's own
     out_dir: str = ""                     # the run's folder; "": out/CONFIG
     tokenizer: str = ""                   # folder of the VQRAE tokenizer; "": out_dir/tokenizer
@@ -57,7 +57,7 @@ class ARConfig:
     overwrite: bool = False               # start over although there is a checkpoint
     overwrite_cache: bool = False         # compute the codes of --data again although they are cached
     device: str = ""                      # cuda, mps or cpu; "": the first of them that is there
-    bench: int = 0                        # time that many steps on one batch, and stop; saves nothing but missing codes-*.npy
+    bench: int = 0                        # time that many steps on one batch, and stop; saves no progress, but makes missing codes-*.npy
     profile: bool = False                 # with --bench: torch.profiler's table of where the time goes
     precision: Literal["bf16", "float32", "float64"] = "bf16"  # [T9] autocast; weights and loss stay float32
     compile: bool = False                 # torch.compile, block by block: a minute or two first, then faster steps on a GPU
@@ -93,6 +93,7 @@ class ARConfig:
         self.tokenizer = self.tokenizer or f"{self.out_dir}/tokenizer"
         if not 0 <= self.caption_drop <= 1: raise UserError(f"--caption_drop is a share between 0 and 1, not {self.caption_drop}")
         if (self.phase or self.images) and self.task == "generate": raise UserError("--phase and --images are of --task understand")
+        if (self.val_data or self.images) and self.task == "understand" and self.data == "shapes": raise UserError("--val_data, --images want --data")
 
 TINY_LM = dict(hidden_size=128, num_hidden_layers=4, intermediate_size=256, num_attention_heads=8, num_key_value_heads=8, head_dim=16,
                initializer_range=0.06, rope_parameters=dict(rope_type="default", rope_theta=1000.0))                                  # [ours]
@@ -118,7 +119,7 @@ CARRIED = SHARED | {"lm", "lm_config", "micro_batch", "num_workers", "precision"
 BOI, EOI = "<|vision_start|>", "<|vision_end|>"   # Qwen3's own names; other text tokenizers are given them
 PAD, UNKNOWN, END, IMAGE = "<pad>", "<unk>", "</s>", -1       # IMAGE: one feature of Z_I among the ids
 
-def identity(folder, name="model.safetensors"):   # what tells one trained tokenizer from another: a hash of its weights
+def identity(folder, name="model.safetensors"):   # what tells one tokenizer or teacher from another: a hash of its weights
     return hashlib.sha256(np.memmap(Path(folder) / name, mode="r")).hexdigest()[:16]
 
 def word_tokenizer(texts):
@@ -167,16 +168,16 @@ def grow_vocabulary(lm, text_tokenizer, tokenizer, which, max_length):
     lm.config.visual = dict(offset=offset, codes=codes, tokens=tokenizer.config.num_tokens, boi=boi, eoi=eoi, max_length=max_length, tokenizer=which)
 
 def pad(rows, side): return nn.utils.rnn.pad_sequence([*map(torch.tensor, rows)], batch_first=True, padding_side=side)   # B lists -> (B, L)
-def pad_left(rows):                               # B lists of ids -> ids and mask, (B, L) each: masked there, any id will do
-    return pad(rows, "left"), pad([[1] * len(row) for row in rows], "left")
+def pad_ids(rows, side="left"):                   # B lists of ids -> ids and mask, (B, L) each: masked there, any id will do
+    return pad(rows, side), pad([[1] * len(row) for row in rows], side)
 
 def layout(text_tokenizer, visual, texts, codes=None):
-    """B captions and their codes (B, N) -> ids and mask (B, T + N + 2), as drawn at the top of this file; without codes (B, T + 1): a prompt,
-    that ends with BOI. T is the longest caption's length. Captions beyond max_length are cut."""
+    """B captions and their codes (B, N) -> ids and mask (B, T + N + 2), as drawn at the top of this file; without codes (B, T + 1): prompts,
+    padded on the left to end with BOI. T is the longest caption's length. Captions beyond max_length are cut."""
     encoded = text_tokenizer(texts, add_special_tokens=False).input_ids
     rows = [ids[:visual["max_length"] - visual["tokens"] - 2] + [visual["boi"]] for ids in encoded]
-    if codes is not None: rows = [row + picture + [visual["eoi"]] for row, picture in zip(rows, (codes + visual["offset"]).tolist())]
-    return pad_left(rows)
+    if codes is None: return pad_ids(rows)
+    return pad_ids([row + picture + [visual["eoi"]] for row, picture in zip(rows, (codes + visual["offset"]).tolist())], "right")
 
 def visual_logits(lm, hidden):                                                # (..., hidden)
     """Logits of the k codes alone (..., k), in training as in sampling: a picture has no other token, and Qwen3's 151936 cost ten times as much."""
@@ -190,20 +191,18 @@ class PictureLM(nn.Module):
         self.lm = lm
 
     def forward(self, ids, mask):                                             # (B, T + N + 2)
-        ids, mask = ids[:, :-2], mask[:, :-2]                                 # nothing scored comes after v_N and EOI
-        # Each row goes round to the left, its padding to the end, where causal attention never looks: no mask, as the fastest kernels want it.
-        at, shift = torch.arange(ids.shape[1], device=ids.device), (mask == 0).sum(1, keepdim=True)             # (L,), (B, 1)
-        x = self.lm.model(ids.gather(1, (at + shift) % len(at)), dict(full_attention=None), use_cache=False).last_hidden_state
-        last = at[-self.lm.config.visual["tokens"]:] - shift                  # (B, N): BOI, v_1, ... v_{N-1}
-        return visual_logits(self.lm, x.take_along_dim(last[..., None], 1))
+        # Causal attention never looks at the padding, which comes last: no mask, as the fastest kernels want it. v_N and EOI predict nothing.
+        x = self.lm.model(ids[:, :-2], dict(full_attention=None), use_cache=False).last_hidden_state            # (B, T + N, hidden)
+        at = mask.sum(1, keepdim=True) + torch.arange(-2 - self.lm.config.visual["tokens"], -2, device=ids.device)       # (B, N): BOI, ... v_{N-1}
+        return visual_logits(self.lm, x.take_along_dim(at[..., None], 1))
 
 def load_generator(out_dir, tokenizer_folder="", device="cpu", dtype=torch.float32):
     """-> language model, its text tokenizer, and the VQRAE tokenizer whose codes it writes, checked to belong together."""
     folder, tokenizer_folder = Path(out_dir) / "ar", Path(tokenizer_folder or f"{out_dir}/tokenizer")
-    if not (folder / "config.json").is_file(): raise UserError(f"no generator in {folder}: python train_ar.py makes one (--out_dir names the run)")
+    if not (folder / "config.json").is_file(): raise UserError(f"no generator in {folder}: train_ar.py makes one, --resume ends a stopped one")
     tokenizer = load_tokenizer(tokenizer_folder, device)
     lm, text_tokenizer = read_lm(folder, f"{folder} cannot be read as a generator: train_ar.py --resume writes it anew", dtype, local_files_only=True)
-    check_same(lm.config.visual, dict(tokenizer=identity(tokenizer_folder)), f"{folder} learned other codes: pass their --tokenizer or train it anew")
+    check_same(getattr(lm.config, "visual", {}), dict(tokenizer=identity(tokenizer_folder)), f"{folder} learned other codes: pass their --tokenizer")
     return lm.to(device).eval(), text_tokenizer, tokenizer
 
 # ---- Codes computed once, by position. Shapes are drawn and tokenized when they first come, which takes a fifth of a step, and kept.
@@ -213,9 +212,11 @@ def open_codes(source, part, config, tokenizer, which, ranks):
     if source == "shapes": return None
     with ranks.first_alone():                                                 # in order; centre crop [T9]
         dataset = Images(source, tokenizer.config.image_size, train=False, part="all" if config.val_data else part, folder=config.out_dir)
+    if not any(r["label"] or r["text"] and r["text"][-1] for r in map(dataset.record, range(len(dataset)))):      # or its path, offset, size
+        raise UserError(f"no image of {source} has caption or class: write metadata.jsonl (file_name, text), or a .txt beside each (in shards too)")
     listing = hashlib.sha256()
     for record in map(dataset.record, range(len(dataset))):
-        files = [part[0] for part in (record["image"], record["text"]) if isinstance(part, tuple) and part[2] < 0]         # not in shards
+        files = [place[0] for place in (record["image"], record["text"]) if isinstance(place, tuple)]
         listing.update(repr((record, [(stat.st_size, stat.st_mtime) for stat in map(os.stat, files)])).encode())
     path = Path(config.out_dir) / f"codes-{part}-{which}-{listing.hexdigest()[:16]}.npy"
     if path.is_file() and not config.overwrite_cache: return np.load(path, mmap_mode="r")
@@ -232,10 +233,8 @@ def open_codes(source, part, config, tokenizer, which, ranks):
     share = range(len(rows) * ranks.rank // ranks.size, len(rows) * (ranks.rank + 1) // ranks.size)           # this rank's
     bar = tqdm(share, f"codes-{part}", unit="image", disable=not ranks.first)
     for batch, at in zip(batches(dataset, tokenizer.config.image_size, bar, 64, config.num_workers, ranks.device), share[::64]):
-        new = [(text or label).encode() for text, label in zip(batch["text"], batch["label"])]       # no caption: its class
+        new = [(text or label).encode(errors="replace") for text, label in zip(batch["text"], batch["label"])]       # no caption: its class
         rows[at:at + len(new)] = list(zip(tokenizer.tokenize(batch["image"]).tolist(), new))
-    if not ranks.sum(torch.tensor(np.count_nonzero(rows["text"][share.start:share.stop]))):
-        raise UserError(f"no image of {source} has caption or class: write metadata.jsonl (file_name, text), or a .txt beside each (in shards too)")
     rows.flush()
     ranks.wait()
     if ranks.first:
@@ -251,7 +250,7 @@ def chat(text_tokenizer, turns, tokens, plain=False):
     encode = lambda text: text_tokenizer(text, add_special_tokens=False).input_ids
     ids, scored = [text_tokenizer.bos_token_id] * (text_tokenizer.bos_token_id is not None), []
     for question, answer in turns[:1] if plain else turns:
-        for i, piece in enumerate(("", "") if plain else f"USER: {question} ASSISTANT:".split("<image>")):
+        for i, piece in enumerate(("<image>" if plain else f"USER: {question} ASSISTANT:").split("<image>")):
             ids += [IMAGE] * (tokens * (i > 0)) + encode(piece)
         scored += [False] * (len(ids) - len(scored))
         if answer is not None:
@@ -299,7 +298,7 @@ def square(file, size):
 def questions(index, scene):
     """Picture numbers (B,) and their Scene -> for each picture its {question: (kind, answer)}, shuffled: of presence and counting one each, of
     color and position up to two, about different objects. More would answer one another, and a model that reads them need not look. An
-    object's name comes last in every kind: what a small model learns in one, to look for the last word, then serves the others."""
+    object's name comes last, but in counting: what a small model learns in one, to look for the last word, then serves the others."""
     out = []
     facts = zip(uniforms(index, 60)[:, 48:].tolist(), *(t.tolist() for t in (scene.count, scene.shape, scene.color, scene.x, scene.y)))
     for u, n, shapes, colors, xs, ys in facts:
@@ -333,8 +332,8 @@ def questions(index, scene):
 def shapes_turns(index, size, phase):
     """Picture numbers (B,) -> B pairs of image (3, size, size) and its turns: a caption to pretrain on, else questions of four kinds."""
     scene = plan(index)
-    asked = [{"": ("caption", caption)} for caption in captions(scene)] if phase == "pretrain" else questions(index, scene)
-    turns = [[(question, answer) for question, (_, answer) in them.items()] for them in asked]
+    turns = [[(question, answer) for question, (_, answer) in them.items()] for them in questions(index, scene)]
+    if phase == "pretrain": turns = [[("", caption)] for caption in captions(scene)]
     return [dict(image=image, turns=[("<image>\n" + question, answer), *more])
             for image, ((question, answer), *more) in zip(resize(render(scene), size), turns)]
 
@@ -350,7 +349,7 @@ def load_mllm(out_dir, tokenizer_folder, device="cpu", dtype=torch.float32):
     if not (folder / "connector.safetensors").is_file():
         raise UserError(f"no trained MLLM in {folder}: python train_ar.py --task understand makes one (--out_dir names the run)")
     lm, text_tokenizer = read_lm(folder, f"{folder} cannot be read as an MLLM: train it again", dtype, local_files_only=True)
-    check_same(lm.config.understand, reads(tokenizer_folder, tokenizer.config), f"{folder} reads another VFM than {tokenizer_folder} began from")
+    check_same(getattr(lm.config, "understand", {}), reads(tokenizer_folder, tokenizer.config), f"{folder} reads another VFM than {tokenizer_folder}")
     net = MLLM(lm, tokenizer.config.dim)
     net.connector.load_state_dict(load_file(folder / "connector.safetensors"))
     return net.to(device, dtype).eval(), text_tokenizer, tokenizer
@@ -389,15 +388,14 @@ class Generate:
             return self.tokenizer.tokenize(batch["image"]).cpu(), batch["text"]
 
     def stream(self, parts, val=False):
-        """-> Iterator over ids and mask (b, T + N + 2)."""
+        """-> Iterator over ids and mask (b, T + N + 2), and codes (b, N)."""
         dropped = lambda p: not val and uniform(self.config.seed * 1_000_003 + p, 1).item() < self.config.caption_drop
         for part in parts:
             codes, texts = self.fetch(part, val)
-            yield layout(self.text_tokenizer, self.visual, ["" if dropped(p) else text for p, text in zip(part, texts)], codes)
+            yield *layout(self.text_tokenizer, self.visual, ["" if dropped(p) else text for p, text in zip(part, texts)], codes), codes
 
-    def loss(self, net, ids, mask):
-        """Mean cross-entropy (nats) of the N visual tokens of each layout; -> scalar, float32."""
-        codes = ids[:, -1 - self.visual["tokens"]:-1] - self.visual["offset"]                               # (b, N)
+    def loss(self, net, ids, mask, codes):
+        """Mean cross-entropy (nats) of the N codes of each layout; -> scalar, float32."""
         return F.cross_entropy(full(net(ids, mask)).flatten(0, 1), codes.flatten())                         # of logits (b, N, k)
 
     def validate(self, parts):
@@ -410,7 +408,7 @@ class Generate:
         ids = self.lm.generate(ids, attention_mask=mask, max_new_tokens=N, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                                suppress_tokens=list(range(first)))            # all words, and the end of a text
         save_image(self.tokenizer.detokenize(ids[:, -N:] - first).float().clamp(0, 1), self.folder.parent / "samples.png", nrow=8)
-        self.next = next_command("sample.py", self.config, SHARED, prompt=texts[0])
+        self.next = next_command("sample.py", self.config, SHARED, prompt=next(filter(None, self.fetch(range(16))[1]), ""))
         return dict(val_loss=total)
 
 class Understand:
@@ -436,7 +434,7 @@ class Understand:
         if config.phase == "sft":
             before = folder / "pretrain.pt"
             if not before.exists(): raise UserError(f"SFT starts from {before}, which is not there: run --phase pretrain first")
-            with explained(f"{before} is of another language model than --lm and --lm_config make, or of other texts"):
+            with explained(f"{before} is of another language model, or of other texts"):
                 self.net.load_state_dict((pretrained := load_checkpoint(before))["model"])
             ranks.say(f"from step {pretrained['step']} in {before}")
         self.lm.requires_grad_(config.phase == "sft")
@@ -474,7 +472,7 @@ class Understand:
         return dict(val_loss=total / len(right), val_accuracy=right.sum().item() / len(right))
 
 def send(message, src_rank, group, device):
-    """Send ZeRO's moments from one rank to the first, which saves them. Replaces torch's own function, which takes a minute a gigabyte."""
+    """Send ZeRO's moments from one rank to all; the first saves them. Replaces torch's own function, which takes a minute a gigabyte."""
     buffer = io.BytesIO()
     if dist.get_rank() == src_rank: torch.save(message, buffer)
     box = [buffer.getvalue()]
@@ -503,7 +501,7 @@ def train(config, ranks):
         optimizer = zero.ZeroRedundancyOptimizer(learning, optimizer_class=torch.optim.AdamW, **how)
     if resumed:
         check_same(resumed, dict(tokenizer=task.which), f"{path} learned from another tokenizer, pass that one or --overwrite")
-        with explained(f"{path} is of another language model than --lm and --lm_config make"): task.net.load_state_dict(resumed["model"])
+        with explained(f"{path} is of another language model, or of other texts"): task.net.load_state_dict(resumed["model"])
         resumed["optimizer"]["param_groups"][0].update(how)                   # rates and the like are this run's
         optimizer.load_state_dict(resumed["optimizer"])
         if ranks.size > 1: optimizer.state.clear()                            # ZeRO's load keeps this rank's share twice

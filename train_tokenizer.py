@@ -3,7 +3,7 @@ Train the VQRAE tokenizer: the paper's two stages, and before them a stage 0 for
 
     python train_tokenizer.py                       tiny: pretrain a small VFM on drawn shapes, then stage 1. CPU, no download
     python train_tokenizer.py --stage 2             everything, with self-distillation
-    torchrun --nproc_per_node=8 train_tokenizer.py --config siglip2_256 --data 'FOLDER or shards-{000..127}.tar'
+    torchrun --nproc_per_node=8 train_tokenizer.py --config siglip2_256 --data 'shards-{000..127}.tar'
     ... --resume                                    go on after a stop (bit for bit on a CPU)
     ... --quantizer none                            the RAE baseline; every field of TrainConfig and of VQRAEConfig is a flag
 
@@ -37,7 +37,7 @@ class TrainConfig:
     config: str = "tiny"                  # model and its presets: a key of vqrae.MODELS
     stage: Literal[0, 1, 2] = 1           # 0: pretrain tiny's stand-in VFM, 1: encoder frozen, 2: all
     data: str = "shapes"                  # shapes, a folder of images, or 'shards-{000..127}.tar'
-    val_data: str = ""                    # the same for validation; "": every 20th image of a folder is held out
+    val_data: str = ""                    # the same for validation; "": every 20th image is held out; of shapes other numbers
     out_dir: str = ""                     # the run's folder; "": out/CONFIG
     init_from: str = ""                   # a run to take the earlier stages from; "": out_dir; none: stage 2 from the VFM itself, without stage 1
     resume: bool = False                  # go on from this stage's last checkpoint
@@ -45,7 +45,7 @@ class TrainConfig:
     device: str = ""                      # cuda, mps or cpu; "": the first of them that is there
     bench: int = 0                        # time that many steps of stage 1 or 2 on one batch, and stop; saves no progress
     profile: bool = False                 # with --bench: torch.profiler's table of where the time goes
-    precision: Literal["bf16", "float32", "float64"] = "bf16"  # [T7] autocast; losses and code distances stay float32
+    precision: Literal["bf16", "float32", "float64"] = "bf16"  # [T7] autocast; losses stay float32, and float32 decides on codes
     loss_precision: Literal["bf16", "float32"] = "float32"  # [TiTok] of the perceptual networks and the discriminator; bf16 is faster on a GPU
     compile: bool = False                 # torch.compile, block by block: a minute or two first, then faster steps on a GPU
     checkpointing: bool = False           # recompute activations in the backward pass: less memory, more time
@@ -89,10 +89,11 @@ class TrainConfig:
     save_every: int = 5000                # [ours]
     val_images: int = 256                 # [ours] images a validation
 
-    def __post_init__(self): check_run(self, disc_width=1, encoder_lr=0, disc_lr=0, distill_weight=0, disc_weight=0, stage0_lr=1e-12, stage0_steps=1)
+    def __post_init__(self):
+        check_run(self, ema_decay=0, disc_width=1, encoder_lr=0, disc_lr=0, distill_weight=0, disc_weight=0, stage0_lr=1e-12, stage0_steps=1)
 
 PRESETS = {
-    # What stage 2 changes: the encoder moves, slowly and on a leash; a discriminator comes in near the end.
+    # What stage 2 changes: the encoder moves, slowly and on a leash; a discriminator comes in late.
     "stage 2": dict(encoder_lr=1e-5, lr=1e-4, end_lr=1e-5, distill_weight=1.0, disc_start=50_000, total_steps=70_000),                # [T7]
     "config internvit_448": dict(batch_size=768, total_steps=45_000),                                                                 # [T7]
     "config internvit_448, stage 2": dict(disc_start=30_000, total_steps=60_000),                                                     # [T7]
@@ -103,9 +104,8 @@ PRESETS = {
     "config tiny, stage 2": dict(total_steps=1150, encoder_lr=1e-3, distill_weight=0.05, disc_start=1090, disc_weight=0.001),         # [ours]
 }
 
-CARRIED = {"config", "data", "val_data", "out_dir", "device", "seed", "batch_size", "micro_batch", "num_workers",      # by the next stage
-           "random_crop", "random_flip", "perceptual", "lpips_weights", "convnext_weights", "precision", "loss_precision", "compile",
-           "checkpointing", "tf32", *(f.name for f in fields(VQRAEConfig))}
+CARRIED = {f.name for f in (*fields(TrainConfig), *fields(VQRAEConfig))} - {                   # by the next stage: all but what is a stage's own
+    "stage", "init_from", "resume", "overwrite", "bench", "profile", "stage0_steps", "stage0_lr", *PRESETS["stage 2"]}
 
 # ---- Data. Everything is a function of (seed, position): position 0, 1, 2, ... counts the images a run has seen, so that any
 # number of ranks and workers, and a resumed run, see the same images in the same order with the same crops.
@@ -157,11 +157,11 @@ class Images(torch.utils.data.Dataset):
 
     def __getitem__(self, position):
         u, skipped = uniform(self.seed * 1_000_003 + position, 3).tolist(), []
-        for record in map(self.record, range(position, position + len(self))):       # an unreadable image's place goes to the next
+        for record in map(self.record, range(position, position + 2 * len(self))):   # an unreadable image's place is the next's
             try:
                 return self.load(record, u) | dict(skipped="\n".join(skipped))
             except Exception as error:                                        # PIL raises anything on damaged files
-                skipped.append(f"{record['name']}: {' '.join(str(error).split())}")
+                skipped.append(f"{record['name']}: {' '.join(str(error).split()).partition(' <_io')[0]}")
         raise UserError(f"no readable image in {self.source}: the first is {skipped[0]}")
 
 def read_bytes(path, offset, size): return np.fromfile(path, np.uint8, size, offset=offset).tobytes()           # size -1: the whole file
@@ -228,7 +228,7 @@ class Shards:
         return dict(name=f"{path}:{key}", image=(path, at, size), text=(path, text_at, text_size), label=os.path.basename(os.path.dirname(key)))
 
 def batches(dataset, size, positions, batch, num_workers=0, device="cpu"):
-    """Yield dicts of image (batch, 3, size, size) float in [0, 1] on `device` and text for consecutive `positions`; of files also label
+    """Yield dicts of image (batch, 3, size, size) float in [0, 1] on `device` and text for `positions` in turn; of files also label
     and name, of shapes their scene. Unreadable files are named once, and kept in dataset.skipped."""
     if dataset is None:                                                       # shapes, drawn when they are needed
         for index in torch.utils.data.BatchSampler(positions, batch, drop_last=False):
@@ -313,6 +313,9 @@ def starting_point(config, model_config, ranks, resumed):
             raise UserError(f"stage 2 starts from {path}, which is not there: run `{stage1}` first, or pass --init_from")
         stage1 = load_checkpoint(path)
         check_same(stage1["model_config"], asdict(model_config), f"{path} is of another model")
+        if stage1["config"]["encoder_lr"]: raise UserError(f"{path} moved its encoder, which stage 2 needs as teacher: train it with --encoder_lr 0")
+        if resumed and any((resumed["model"][key] != stage1["ema"][key]).any() for key in stage1["ema"] if key == "quantizer.codebook"):
+            raise UserError(f"{path} is not what this stage 2 began from: --overwrite starts it over")
         ranks.say(f"from step {stage1['step']} of {stage1['config']['total_steps']} in {path}")
         model.load_state_dict(stage1["ema"], strict=True)
     elif resumed and config.encoder_lr == 0:
@@ -341,8 +344,7 @@ def start_bottleneck(model, config, dataset, ranks):
             pixels.append(F.unfold(batch["image"], p, stride=p).transpose(1, 2).unflatten(2, (3, -1)).flatten(0, 1))      # (B N, 3, p p)
         model.start_on(torch.cat(Z_I), torch.cat(pixels))
     if ranks.size > 1:
-        for tensor in (*model.to_code.state_dict().values(), *(model.quantizer.state_dict().values() if model.quantizer else [])):
-            torch.distributed.broadcast(tensor, 0)
+        for tensor in model.state_dict().values(): torch.distributed.broadcast(tensor, 0)
 
 @torch.no_grad()
 def validate(model, dataset, config, device, path):
@@ -382,8 +384,7 @@ def train(config, model_config, ranks):
     learned = [*zip(*((e, p) for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad))]      # what is frozen stays bit for bit
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = config.tf32
-    model.encoder.vit.set_grad_checkpointing(config.checkpointing and not frozen)
-    model.decoder.vit.set_grad_checkpointing(config.checkpointing)
+    for part in (model.encoder, model.decoder): part.vit.set_grad_checkpointing(config.checkpointing)
     if config.compile: compile_parts(model, teacher, perceptual, discriminator)
     optimizer = torch.optim.AdamW([*parameter_groups(model, discriminator, config)], betas=(config.beta1, config.beta2), fused=device.type != "mps")
     parts, first_step = dict(model=model, ema=ema, optimizer=optimizer, discriminator=discriminator), 0
@@ -414,7 +415,7 @@ def train(config, model_config, ranks):
         last = step == config.total_steps
         if ranks.first and (last or (step > first_step and step % config.eval_every == 0)):
             val = validate(ema, val_data, config, device, pictures)
-            log(step=step, val_psnr=val[0], val_codebook_usage=val[1])
+            log(step=step, val_psnr=val[0], **dict(val_codebook_usage=val[1]) if model.quantizer else {})
         if ranks.first and (last or stop or (step > first_step and step % config.save_every == 0)):
             save_checkpoint(path, {name: part and part.state_dict() for name, part in parts.items()} | dict(
                 step=step, rng=torch.get_rng_state(), config=asdict(config), model_config=asdict(model_config)))
@@ -470,12 +471,13 @@ def train(config, model_config, ranks):
         # ----------------------------------------------------------------------------------------------------------------
         if (step + 1) % config.log_every == 0:
             (usage, perplexity, _), counts = code_usage(ranks.sum(counts)), torch.zeros_like(counts)
+            seen = config.log_every * config.batch_size * model_config.num_tokens
             codes = dict(codebook_usage=usage, perplexity=perplexity) if model.quantizer else {}
             rate = config.batch_size * (bar.format_dict["rate"] or 0)
             log(step=step + 1, **sums, lr=config.lr * factor(0), images_per_s=rate, **codes, skipped=len(data.skipped) if data else 0)
             shown = f"codes {usage:.0%}, " if codes else ""
             bar.set_postfix_str(f"loss {sums['loss']:.4f}, PSNR {-10 * math.log10(sums['l2']):.1f}, {shown}{rate:.0f} images/s")
-            if codes and usage < 0.1 and step > config.warmup_steps and not warned:
+            if codes and usage < 0.1 and step > config.warmup_steps and seen >= model_config.codebook_size and not warned:
                 warned = True
                 ranks.say(f"\nwarning: only {usage:.1%} of the codes are in use. Try a larger --codebook_dim (at least {model_config.dim}), "
                           f"a longer --warmup_steps, a lower --lr, or a smaller --codebook_size")

@@ -51,13 +51,13 @@ def check_least(config, **least):                                             # 
 # ---- Configuration --------------------------------------------------------------------------------------------------
 @dataclass
 class VQRAEConfig:
-    encoder: str = "vit_so400m_patch16_siglip_256.v2_webli"  # any timm ViT; the decoder is the same architecture
+    encoder: str = "vit_so400m_patch16_siglip_256.v2_webli"  # a timm VisionTransformer; the decoder is the same architecture
     encoder_weights: str = "hub"      # hub (timm's), stage0 (tiny's stand-in), random, or a file: timm's or transformers' keys
     encoder_kwargs: dict = field(default_factory=dict)       # more of timm's arguments, say depth and num_heads
-    image_size: int = 256             # h = w, pixels in
-    patch_size: int = 16              # p, pixels a token in
+    image_size: int = 256             # h = w in pixels
+    patch_size: int = 16              # p, a patch's side in pixels
     dim: int = 1152                   # d, width of Z_I
-    q: int = 0                        # pixels a token out; 0: q = p, the output is as large as the input
+    q: int = 0                        # side of a token's pixels out; 0: q = p, the output is as large as the input
     quantizer: str = "simvq"          # simvq, or none: continuous latents, the RAE baseline
     codebook_size: int = 16384        # k
     codebook_dim: int = 1536          # e; the paper's finding: at least d
@@ -86,9 +86,9 @@ MODELS = {                            # tiny: a stand-in VFM that `train_tokeniz
 # ---- Encoder --------------------------------------------------------------------------------------------------------
 def create_vit(config, **changes):
     """The config's timm ViT, weights random, without head or pooling: a pooling head's would never get a gradient, which DDP refuses."""
-    kwargs = dict(img_size=config.image_size, patch_size=config.patch_size, embed_dim=config.dim)
     with explained(f"timm cannot build {config.encoder} with {config.encoder_kwargs}, dim {config.dim}"):
-        return timm.create_model(config.encoder, num_classes=0, global_pool="", **{**kwargs, **config.encoder_kwargs, **changes})
+        kwargs = config.encoder_kwargs | dict(img_size=config.image_size, patch_size=config.patch_size, embed_dim=config.dim) | changes
+        return timm.create_model(config.encoder, num_classes=0, global_pool="", **kwargs)
 
 class Encoder(nn.Module):
     """The vision foundation model E (section 3.2): images (B, 3, h, w) in [0, 1] -> Z_I (B, N, d), which an MLLM reads: the last block's
@@ -153,13 +153,14 @@ def load_encoder_weights(encoder, source):
     path = hub_file(repo, "model.safetensors") if source == "hub" and repo else source
     if not Path(path).is_file():
         raise UserError(f"no file {path}: --encoder_weights takes hub (where timm has the weights there), random, or a .safetensors or .pt file")
-    with explained(f"{path} cannot be read"): state = load_file(path) if str(path).endswith(".safetensors") else load_checkpoint(path)
-    state = {key: value for key, value in to_timm_keys(state.get("encoder", state)).items()
-             if not key.startswith(("attn_pool.", "head.", "norm.", "fc_norm."))}
-    if "pos_embed" in state and state["pos_embed"].shape != vit.pos_embed.shape:      # another image size
-        prefix = vit.num_prefix_tokens if state["pos_embed"].shape[1] != math.isqrt(state["pos_embed"].shape[1]) ** 2 else 0
-        state["pos_embed"] = timm.layers.resample_abs_pos_embed(state["pos_embed"], vit.patch_embed.grid_size, num_prefix_tokens=prefix)
-    with explained(f"{path} does not fit the encoder {vit.pretrained_cfg['architecture']}"): vit.load_state_dict(state, strict=True)
+    with explained(f"{path} cannot be read, or does not fit the encoder {vit.pretrained_cfg['architecture']}"):
+        state = load_file(path) if str(path).endswith(".safetensors") else load_checkpoint(path)
+        state = {key: value for key, value in to_timm_keys(state.get("encoder", state)).items()
+                 if not key.startswith(("attn_pool.", "head.", "norm.", "fc_norm."))}
+        if "pos_embed" in state and state["pos_embed"].shape != vit.pos_embed.shape:  # another image size
+            prefix = vit.num_prefix_tokens if state["pos_embed"].shape[1] != math.isqrt(state["pos_embed"].shape[1]) ** 2 else 0
+            state["pos_embed"] = timm.layers.resample_abs_pos_embed(state["pos_embed"], vit.patch_embed.grid_size, num_prefix_tokens=prefix)
+        vit.load_state_dict(state, strict=True)
 
 # ---- Quantiser ------------------------------------------------------------------------------------------------------
 def full(x): return x if x.dtype == torch.float64 else x.float()              # out of autocast's bfloat16: float32, or float64 where all is
@@ -217,7 +218,6 @@ class SimVQ(nn.Module):
     def init_codebook(self, latents, iterations=5):
         """Start the codes on the data: C = k means of latents Z_c (M, e), M >= k, and W = I. See VQRAE.start_on."""
         k = len(self.codebook)
-        assert len(latents) >= k, "fewer latents than codes"
         spare = lambda: latents[torch.randperm(len(latents), device=latents.device)[:k]]
         C = spare()
         for _ in range(iterations):
@@ -403,7 +403,7 @@ def code_usage(counts):
 
 # ---- Files ----------------------------------------------------------------------------------------------------------
 def save_tokenizer(model, folder, teacher=None):
-    """`folder`/config.json and model.safetensors, and teacher.safetensors of a stage-0 `teacher`, which no hub has; complete or not at all."""
+    """`folder`/config.json and model.safetensors, and teacher.safetensors of a `teacher` that no hub has; complete or not at all."""
     partial = Path(f"{Path(folder)}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
@@ -436,8 +436,7 @@ def save_checkpoint(path, state):
             file.flush()
             os.fsync(file.fileno())
             os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    finally: partial.unlink(missing_ok=True)
 
 def load_checkpoint(path):
     """Tensors, numbers and dicts only: a pickle that would run code is refused, not run."""
@@ -447,7 +446,7 @@ def load_checkpoint(path):
 
 # ---- What the scripts share: command line, processes, log -----------------------------------------------------------
 def resize(images, size, limit=True):
-    """(B, 3, h, w) -> (B, 3, size, size), bicubic, antialiased; its overshoot is clamped to [0, 1] but for limit=False."""
+    """(B, 3, h, h) -> (B, 3, size, size), bicubic, antialiased; its overshoot is clamped to [0, 1] but for limit=False."""
     if images.shape[-1] == size: return images
     images = F.interpolate(images, size=size, mode="bicubic", antialias=True)
     return images.clamp(0, 1) if limit else images
@@ -545,15 +544,19 @@ class Ranks:
         if self.first: self.wait()
 
     def run(self, network):
-        """`network` with its gradients averaged over the ranks. No buffer is broadcast: the codebook is large and never changes."""
-        return network if self.size == 1 else nn.parallel.DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+        """`network` with its gradients averaged over the ranks."""
+        if self.size == 1: return network
+        network = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
+        network.broadcast_buffers = False                                     # once was enough: the codebook is large and never changes
+        return network
 
 class Log:
     """log_*.jsonl: one object a line. A resumed run cuts what a killed one wrote past its last checkpoint."""
     def __init__(self, path, step, enabled):
         lines = path.read_text().splitlines(True) if enabled and step and path.exists() else []
+        lines = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
         self.file = open(path, "w", buffering=1) if enabled else io.StringIO()
-        self.file.writelines(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step)
+        self.file.writelines(lines)
 
     def __call__(self, **values): print(json.dumps(values), file=self.file)
 
@@ -586,7 +589,7 @@ def bench(config, ranks, network):
               f"{flops / 1e12:.3g} TFLOP a step in matrix products, convolutions and attention on {chip}{share}{memory}")
     yield True
 
-def check_run(config, **least):                                               # limits on any training run's flags, and `least`
+def check_run(config, **least):                                               # fills in out_dir, checks flags, shortens a --bench
     config.out_dir = config.out_dir or f"out/{config.config}"
     check_least(config, batch_size=1, total_steps=1, log_every=1, eval_every=1, save_every=1, val_images=1, lr=1e-12, end_lr=0, micro_batch=0,
                 num_workers=0, warmup_steps=0, bench=0, weight_decay=0, clip=1e-12, **least)
@@ -611,14 +614,15 @@ def split_batch(config, ranks):
     """The global batch as (images a rank a step, images a rank at a time, accumulation steps)."""
     local = config.batch_size // ranks.size
     micro = min(config.micro_batch or local, local)
-    if config.batch_size % ranks.size or local == 0 or local % micro:
-        raise UserError(f"--batch_size {config.batch_size} must be a multiple of ranks ({ranks.size}) times --micro_batch ({micro})")
+    if config.batch_size % ranks.size or local % micro:
+        raise UserError(f"--batch_size {config.batch_size} must be a multiple of {ranks.size} ranks times --micro_batch {config.micro_batch or 1}")
     return local, micro, local // micro
 
 def next_command(script, config, keep=None, **more):
     """The command to type next: `script`, a training as this run was started, with this run's flags (None: all) in `keep`, and `more`."""
     how = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if "RANK" in os.environ and "train" in Path(script).name else "python"
     flags = {name: value for name, value in config.given.items() if (name != "overwrite" if keep is None else name in keep)} | more
+    script = str(Path(sys.argv[0]).with_name(Path(script).name))              # as it was typed
     words = [(f"--{name}",) if value is True else (f"--no-{name}",) if value is False else value if isinstance(value, tuple) else
              (f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)) for name, value in flags.items()]
     return f"{how} {shlex.join([script, *(word for pair in words for word in pair)])}"
