@@ -123,17 +123,20 @@ def reconstruction(model, nets, dataset, positions, config, ranks):
     out["reasons"] = dict(few_images=f"{n} images are too few for a steady {' and '.join(small)}") if small else {}
     if dataset and (skipped := ranks.sum(torch.tensor(len(dataset.skipped))).item()):
         out["reasons"]["skipped"] = f"{skipped} unreadable images: those after them are scored again"
-    cropped = f", shorter edge to {dataset.size} px (bicubic, antialiased), centre crop" if dataset else ""
-    out["protocol"] = (f"{config.data}: {n} images{cropped}; reconstructed at {native} px, scored at {size} px, clamped and rounded to 8 bits; "
-                       f"PSNR per image, then mean; reference set: the same images")
+    out["protocol"] = (f"{config.data}: {n} images, shorter edge to {dataset.size if dataset else native} px (bicubic, antialiased), centre crop; "
+                       f"reconstructed at {native} px, scored at {size} px, clamped and rounded to 8 bits; PSNR per image, then mean; "
+                       f"reference set: the same images")
     return out, counts
 
 # ---- Semantics without a language model: classes from mean-pooled features
 def knn(train, train_labels, test, test_labels, k=20):
     """Top-1 accuracy of a vote of the k nearest by cosine. (n, f), (n,), (m, f), (m,) -> float."""
-    near, index = (F.normalize(test, dim=1) @ F.normalize(train, dim=1).T).topk(min(k, len(train)), dim=1)    # (m, n) -> (m, k)
-    votes = torch.zeros(len(test), int(train_labels.max()) + 1).scatter_add(1, train_labels[index], (near / 0.07).exp())
-    return (votes.argmax(1) == test_labels).float().mean().item()
+    train, right = F.normalize(train, dim=1), 0
+    for part, labels in zip(test.split(1024), test_labels.split(1024)):       # never all n x m similarities
+        weight, index = (F.normalize(part, dim=1) @ train.T).topk(min(k, len(train)), dim=1)
+        votes = torch.zeros(len(part), int(train_labels.max()) + 1).scatter_add(1, train_labels[index], (weight / 0.07).exp())
+        right += (votes.argmax(1) == labels).sum().item()
+    return right / len(test)
 
 def probe(train, train_labels, test, test_labels, steps=100, decay=1e-3):
     """Top-1 accuracy of a multinomial logistic regression on standardised features, L-BFGS."""
@@ -213,8 +216,8 @@ def find_objects(images, least_area=25):
     cover = cover.clamp(0, 1) * F.max_pool2d(own, 3, 1, 1)[:, 0]              # (M, H, W) in [0, 1], its soft edge included
     mass, at = cover.sum((1, 2)), torch.arange(SIDE) + 0.5
     x, y = (cover.sum(1) @ at) / mass, (cover.sum(2) @ at) / mass
-    unit_area = (ATLAS > 0).float().mean((1, 2, 3)) * (2 * EXTENT) ** 2       # (6,) at radius 1
-    radius, s = (mass[:, None] / unit_area).sqrt().clamp(4, 13), len(SHAPES)     # (M, 6): each shape in the size of that area
+    unit_area, s = (ATLAS > 0).float().mean((1, 2, 3)) * (2 * EXTENT) ** 2, len(SHAPES)        # (6,) at radius 1
+    radius = (mass[:, None] / unit_area).sqrt().clamp(4, 13)                  # (M, 6): each shape in the size of that area
     centers, straight = (i.repeat_interleave(s) for i in (x, y)), torch.zeros(len(x) * s)
     drawn, rows, columns = masks(torch.arange(s).repeat(len(x)), *centers, radius.flatten(), straight)
     seen = cover[torch.arange(len(x))[:, None, None], rows[::s], columns[::s]]                             # (M, W, W)
@@ -363,9 +366,8 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     if config.curves: return draw_curves(out)
     if config.generation and not ranks.first: return
-    for folder in config.tokenizers[1:]: load_tokenizer(folder)               # or the first's hour would be lost
-    score = generation if config.generation else vqa if config.vqa else evaluate
-    folders = config.tokenizers or [f"{config.out_dir}/tokenizer"]
+    score, folders = generation if config.generation else vqa if config.vqa else evaluate, config.tokenizers or [f"{config.out_dir}/tokenizer"]
+    for folder in folders[1:]: load_tokenizer(folder)                         # or the first's hour would be lost
     results = {folder: score(folder, config, ranks) | dict(tokenizer=identity(folder)) for folder in folders}
     if ranks.first:
         path, result = out / ("vqa.json" if config.vqa else "eval.json"), results if len(results) > 1 else results[folders[0]]

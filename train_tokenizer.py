@@ -471,13 +471,12 @@ def train(config, model_config, ranks):
         # ----------------------------------------------------------------------------------------------------------------
         if (step + 1) % config.log_every == 0:
             (usage, perplexity, _), counts = code_usage(ranks.sum(counts)), torch.zeros_like(counts)
-            seen = config.log_every * config.batch_size * model_config.num_tokens
             codes = dict(codebook_usage=usage, perplexity=perplexity) if model.quantizer else {}
             rate = config.batch_size * (bar.format_dict["rate"] or 0)
             log(step=step + 1, **sums, lr=config.lr * factor(0), images_per_s=rate, **codes, skipped=len(data.skipped) if data else 0)
             shown = f"codes {usage:.0%}, " if codes else ""
             bar.set_postfix_str(f"loss {sums['loss']:.4f}, PSNR {-10 * math.log10(sums['l2']):.1f}, {shown}{rate:.0f} images/s")
-            if codes and usage < 0.1 and step > config.warmup_steps and seen >= model_config.codebook_size and not warned:
+            if codes and usage < 0.1 and step > config.warmup_steps and not warned:
                 warned = True
                 ranks.say(f"\nwarning: only {usage:.1%} of the codes are in use. Try a larger --codebook_dim (at least {model_config.dim}), "
                           f"a longer --warmup_steps, a lower --lr, or a smaller --codebook_size")

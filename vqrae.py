@@ -407,8 +407,7 @@ def save_tokenizer(model, folder, teacher=None):
     partial = Path(f"{Path(folder)}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
-    if teacher is not None:
-        save_file({key: value.contiguous() for key, value in teacher.vit.state_dict().items()}, partial / "teacher.safetensors")
+    if teacher: save_file({key: value.contiguous() for key, value in teacher.vit.state_dict().items()}, partial / "teacher.safetensors")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
