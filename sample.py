@@ -72,7 +72,7 @@ def check_options(guidance, temperature, top_k, top_p):
 
 # ---- Text -> codes --------------------------------------------------------------------------------------------------
 def choose(logits, u, temperature, top_k, top_p):
-    """Logits (B, k) and a uniform number each (B,) -> codes (B,), by inverting the distribution function: rounding then changes few draws."""
+    """Logits (B, k) and a uniform number each (B,) -> codes (B,), by inverting the cumulative distribution: rounding then changes few draws."""
     if temperature == 0: return logits.argmax(1)
     logits = logits / temperature
     if top_k: logits = TopKLogitsWarper(top_k)(None, logits)                  # transformers': what is out of the draw becomes -inf
@@ -80,8 +80,9 @@ def choose(logits, u, temperature, top_k, top_p):
     if top_p < 1:                                                             # transformers' sorts all, which is half of a tiny step
         top = p.topk(min(256, p.shape[1])).values                             # (B, 256), the largest first
         if (top.sum(1) < top_p).any(): top = p.sort(1, descending=True).values
-        p = p * (p >= top.gather(1, (top.cumsum(1) < top_p).sum(1, keepdim=True).clamp(max=top.shape[1] - 1)))
-    below = p.cumsum(1)
+        last = (top.cumsum(1) < top_p).sum(1, keepdim=True).clamp(max=top.shape[1] - 1)  # (B, 1), where their sum reaches top_p
+        p = p * (p >= top.gather(1, last))
+    below = p.cumsum(1)                                                       # (B, k)
     return torch.searchsorted(below, u[:, None] * below[:, -1:], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
 
 def attend(module, q, k, v, allowed, scaling, **_):
@@ -96,15 +97,15 @@ AttentionInterface.register("attend", attend)
 
 def step(lm, ids, positions, allowed, cache, guidance):
     """Read ids (R, L) after what `cache` holds -> logits of the next code (B, k). allowed: (R, 1, L, n) bool, of the cache's first n places."""
-    # The cache by position: its name has changed within transformers 5. A dict of masks: transformers makes none of its own.
+    # The cache goes by position, as its name changed within transformers 5; the mask in a dict, so that transformers builds none itself.
     x = lm.model(ids, dict(full_attention=allowed), positions, cache, use_cache=True).last_hidden_state[:, -1]     # (R, hidden)
     if guidance != 1:
-        c, u = x.chunk(2)                                                     # R = 2 B. Mixed before the head, which is linear,
-        x = u + guidance * (c - u)                                            # half the rows go through it: (B, hidden)
+        c, u = x.chunk(2)                                                     # R = 2 B: with captions, then without; (B, hidden) each
+        x = u + guidance * (c - u)                                            # equals mixing the logits, as the head is linear, at half the cost
     return full(visual_logits(lm, x))
 
-@functools.lru_cache(maxsize=1)                   # compiled code wants its own tensors again
-def cache_and_step(lm, length, compiled, *_):     # _: rows, type and device; for others another cache
+@functools.lru_cache(maxsize=1)                   # keeps the last: compiled code is bound to the tensors that it first saw
+def cache_and_step(lm, length, compiled, *_):     # _: rows, dtype and device, unused here: a change of them makes a new cache
     """Keys and values in one allocation: a compiled step needs it, and transformers' growing cache copies all of them at each token."""
     return StaticCache(config=lm.config, max_cache_len=length), torch.compile(step, mode="reduce-overhead", fullgraph=True) if compiled else step
 
@@ -116,7 +117,7 @@ def generate(lm, text_tokenizer, prompts, seeds, guidance=1.0, temperature=1.0, 
     check_options(guidance, temperature, top_k, top_p)
     visual, device, B, N = lm.config.visual, lm.device, len(prompts), lm.config.visual["tokens"]
     chance = torch.stack([uniform(seed, N) for seed in seeds]).to(device)     # (B, N): the only randomness
-    texts = [*prompts, *[""] * B * (guidance != 1)]
+    texts = [*prompts, *([""] * B if guidance != 1 else [])]                  # guided: the unconditional half comes second
     ids, mask = (F.pad(t, (max(0, width + 1 - t.shape[1]), 0)).to(device) for t in layout(text_tokenizer, visual, texts))
     R, T = ids.shape                                                          # R = 2 B when guided; T: captions and BOI
     length = T + N - 1                                                        # the last code is drawn, not read
@@ -134,7 +135,7 @@ def generate(lm, text_tokenizer, prompts, seeds, guidance=1.0, temperature=1.0, 
             codes.append(choose(logits, chance[:, n], temperature, top_k, top_p))
             ids = (codes[-1] + visual["offset"]).repeat(R // B)[:, None]      # (R, 1)
             positions = positions[:, -1:] + 1
-            allowed = (seen & (at <= T + n))[:, None, None, :length if compiled else T + n + 1]         # (R, 1, 1, n): what is filled, or one shape
+            allowed = (seen & (at <= T + n))[:, None, None, :length if compiled else T + n + 1]         # what is filled; compiled: always one shape
             if bar is not None: bar.update(B)
     finally: lm.set_attn_implementation(usual)
     return torch.stack(codes, 1)                                              # (B, N)

@@ -168,7 +168,7 @@ def grow_vocabulary(lm, text_tokenizer, tokenizer, which, max_length):
     lm.config.visual = dict(offset=offset, codes=codes, tokens=tokenizer.config.num_tokens, boi=boi, eoi=eoi, max_length=max_length, tokenizer=which)
 
 def pad(rows, side): return nn.utils.rnn.pad_sequence([*map(torch.tensor, rows)], batch_first=True, padding_side=side)   # B lists -> (B, L)
-def pad_ids(rows, side="left"):                   # B lists of ids -> ids and mask, (B, L) each: masked there, any id will do
+def pad_ids(rows, side="left"):                   # B lists of ids -> ids and mask, (B, L) each; the mask hides the padding's 0
     return pad(rows, side), pad([[1] * len(row) for row in rows], side)
 
 def layout(text_tokenizer, visual, texts, codes=None):
@@ -181,8 +181,8 @@ def layout(text_tokenizer, visual, texts, codes=None):
 
 def visual_logits(lm, hidden):                                                # (..., hidden)
     """Logits of the k codes alone (..., k), in training as in sampling: a picture has no other token, and Qwen3's 151936 cost ten times as much."""
-    first, codes = lm.config.visual["offset"], lm.config.visual["codes"]
-    return F.linear(hidden, lm.get_output_embeddings().weight[first:first + codes])
+    offset, codes = lm.config.visual["offset"], lm.config.visual["codes"]
+    return F.linear(hidden, lm.get_output_embeddings().weight[offset:offset + codes])
 
 class PictureLM(nn.Module):
     """The language model as it is trained: layouts (B, T + N + 2) -> logits of v_1 ... v_N (B, N, k)."""
@@ -190,10 +190,10 @@ class PictureLM(nn.Module):
         super().__init__()
         self.lm = lm
 
-    def forward(self, ids, mask):                                             # (B, T + N + 2)
-        # Causal attention never looks at the padding, which comes last: no mask, as the fastest kernels want it. v_N and EOI predict nothing.
+    def forward(self, ids, mask):                                             # (B, T + N + 2) each
+        # Padding comes last, where causal attention never looks: so no mask, and the fastest kernels. v_N and EOI predict nothing.
         x = self.lm.model(ids[:, :-2], dict(full_attention=None), use_cache=False).last_hidden_state            # (B, T + N, hidden)
-        at = mask.sum(1, keepdim=True) + torch.arange(-2 - self.lm.config.visual["tokens"], -2, device=ids.device)       # (B, N): BOI, ... v_{N-1}
+        at = mask.sum(1, keepdim=True) - 2 + torch.arange(-self.lm.config.visual["tokens"], 0, device=ids.device)     # (B, N): BOI ... v_{N-1}
         return visual_logits(self.lm, x.take_along_dim(at[..., None], 1))
 
 def load_generator(out_dir, tokenizer_folder="", device="cpu", dtype=torch.float32):
@@ -363,8 +363,8 @@ class Generate:
         if self.tokenizer.quantizer is None: raise UserError(f"{config.tokenizer} has no codes (quantizer none): train one with --quantizer simvq")
         if config.max_length < (least := self.tokenizer.config.num_tokens + 3):
             raise UserError(f"--max_length {config.max_length} has no room for a picture, its two marks and a caption: at least {least}")
-        self.draw = functools.cache(self.draw)
-        made = build_lm(config, []) if config.lm != "random" else None        # first, for the codes of all data may take hours
+        self.draw = functools.cache(self.draw)                                # each batch of shapes is drawn and tokenized once
+        made = build_lm(config, []) if config.lm != "random" else None        # before the codes, which may take hours: a wrong --lm fails at once
         if made and made[0].config.model_type != "qwen3": raise UserError(f"--lm {config.lm} is no Qwen3, which --task generate is made for")
         self.data = open_codes(config.data, "train", config, self.tokenizer, self.which, ranks)
         self.val = open_codes(config.val_data or config.data, "val", config, self.tokenizer, self.which, ranks)
@@ -377,7 +377,7 @@ class Generate:
         """b positions -> codes (b, N) int64, captions [b]."""
         if (rows := self.val if val else self.data) is None:
             n = len(positions)
-            first = positions[0] if val else positions[0] % max(n, REPEAT // n * n)
+            first = positions[0] if val else positions[0] % max(n, REPEAT // n * n)  # REPEAT in whole batches: each is one entry of draw's cache
             return self.draw(range(first, first + n))
         found = rows[[shuffled(p, len(rows), 0 if val else self.config.seed) for p in positions]]      # validation too: files are sorted
         return torch.from_numpy(found["codes"].astype(np.int64)), [text.decode("utf-8", "ignore") for text in found["text"]]
@@ -388,7 +388,7 @@ class Generate:
             return self.tokenizer.tokenize(batch["image"]).cpu(), batch["text"]
 
     def stream(self, parts, val=False):
-        """-> Iterator over ids and mask (b, T + N + 2), and codes (b, N)."""
+        """Ranges of b positions -> iterator over ids and mask (b, T + N + 2), and codes (b, N)."""
         dropped = lambda p: not val and uniform(self.config.seed * 1_000_003 + p, 1).item() < self.config.caption_drop
         for part in parts:
             codes, texts = self.fetch(part, val)
@@ -400,14 +400,14 @@ class Generate:
 
     def validate(self, parts):
         """Mean loss of the validation images, captions and all; draws the first of them, unguided (sample.py is faster)."""
-        total, texts, N, first = 0.0, self.fetch(self.val_at[:16], val=True)[1], self.visual["tokens"], self.visual["offset"]
+        total, texts, N, offset = 0.0, self.fetch(self.val_at[:16], val=True)[1], self.visual["tokens"], self.visual["offset"]
         for batch in self.stream(parts, val=True):
             total += self.loss(self.net, *(t.to(self.device) for t in batch)).item() * len(batch[0]) / len(self.val_at)
         ids, mask = (t.to(self.device) for t in layout(self.text_tokenizer, self.visual, texts))
         torch.manual_seed(self.config.seed)
         ids = self.lm.generate(ids, attention_mask=mask, max_new_tokens=N, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                               suppress_tokens=list(range(first)))            # all words, and the end of a text
-        save_image(self.tokenizer.detokenize(ids[:, -N:] - first).float().clamp(0, 1), self.folder.parent / "samples.png", nrow=8)
+                               suppress_tokens=list(range(offset)))           # all words, and the end of a text
+        save_image(self.tokenizer.detokenize(ids[:, -N:] - offset).float().clamp(0, 1), self.folder.parent / "samples.png", nrow=8)
         self.next = next_command("sample.py", self.config, SHARED, prompt=next(filter(None, self.fetch(range(16))[1]), ""))
         return dict(val_loss=total)
 
@@ -449,7 +449,7 @@ class Understand:
         return pad(ids, "right"), pad(scored, "right"), torch.stack([rows[i]["image"] for i in whole])
 
     def stream(self, parts, val=False):
-        """-> Iterator over ids, scored (b, L) and images (b, 3, h, w)."""
+        """Ranges of positions -> iterator over ids, scored (b, L) and images (b, 3, h, w)."""
         if (data := self.val if val else self.data) is None:
             return (self.collate(shapes_turns(torch.tensor(part), self.size, self.config.phase)) for part in parts)
         return iter(torch.utils.data.DataLoader(data, batch_sampler=parts, collate_fn=self.collate, num_workers=self.config.num_workers,
@@ -482,7 +482,7 @@ def send(message, src_rank, group, device):
 def train(config, ranks):
     out, device, start = Path(config.out_dir), ranks.device, time.time()
     local, micro, accumulate = split_batch(config, ranks)
-    folder = out / ("mllm" if config.phase else "ar")
+    folder = out / ("mllm" if config.phase else "ar")                         # phase is "" for --task generate alone
     path = folder / f"{config.phase or 'state'}.pt"
     resumed = open_run(path, config)
     first_step = resumed["step"] if resumed else 0
@@ -507,7 +507,7 @@ def train(config, ranks):
         if ranks.size > 1: optimizer.state.clear()                            # ZeRO's load keeps this rank's share twice
         del resumed                                                           # it holds as much as model and optimiser
     if config.checkpointing: task.lm.gradient_checkpointing_enable(dict(use_reentrant=False))
-    if config.compile: compile_parts(task.lm, vars(task).get("encoder"))
+    if config.compile: compile_parts(task.lm, getattr(task, "encoder", None))
     net = ranks.run(task.net)
     log = Log(out / f"log_{config.phase or 'ar'}.jsonl", first_step, ranks.first and not config.bench)
     starts = (step * config.batch_size + ranks.rank * local + i * micro for step in range(first_step, config.total_steps) for i in range(accumulate))
@@ -516,7 +516,7 @@ def train(config, ranks):
     bar = tqdm(range(first_step, config.total_steps + 1), config.phase or "generator", config.total_steps, initial=first_step, unit="step",
                disable=not ranks.first)                                       # the last round only validates and saves
     if config.bench: stream, timed = itertools.repeat(next(stream)), bench(config, ranks, task.net)
-    else: ranks.begin(config.overwrite, path, path if "phase" in config.given else folder / "sft.pt")         # both phases: or the old SFT is resumed
+    else: ranks.begin(config.overwrite, path, *() if "phase" in config.given else [folder / "sft.pt"])   # both phases: --resume must find no old SFT
     for step in bar:
         if config.bench and next(timed): return
         # Once in a while: validate, save.
@@ -536,16 +536,16 @@ def train(config, ranks):
         # ---- One training step -----------------------------------------------------------------------------------------
         factor = lr_factor(step, config.warmup_steps, config.total_steps, config.end_lr / config.lr)
         for group in optimizer.param_groups: group["lr"] = config.lr * factor
-        loss_sum = 0
+        mean_loss = 0
         for i in range(accumulate):
             batch = [t.to(device, non_blocking=True) for t in next(stream)]
             net.require_backward_grad_sync = i == accumulate - 1              # DDP reduces gradients in backward: once a step is enough
             with amp: loss = task.loss(net, *batch)
             (loss / accumulate).backward()
-            loss_sum += loss.detach() / accumulate
+            mean_loss += loss.detach() / accumulate
         grad_norm = nn.utils.clip_grad_norm_(learning, config.clip)
-        sums = ranks.sum(torch.stack([loss_sum, grad_norm, loss_sum.new_full((), ranks.stop_asked)])) / ranks.size
-        loss, grad_norm, stop = sums.tolist()                                 # the step's one wait for the GPU; asked of one rank, all stop
+        means = ranks.sum(torch.stack([mean_loss, grad_norm, mean_loss.new_full((), ranks.stop_asked)])) / ranks.size
+        loss, grad_norm, stop = means.tolist()                                # the step's one wait for the GPU; one rank asked to stop stops all
         check_finite({"cross-entropy": loss, "gradient norm": grad_norm}, step)
         optimizer.step()
         optimizer.zero_grad()

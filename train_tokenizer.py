@@ -126,13 +126,12 @@ def decode(data):
 
 def crop(image, size, u=(0.5, 0.5, 1.0), flip=False):
     """The largest square of a PIL image, at u[0] across and u[1] down (in [0, 1]; default: the centre), resized (bicubic, antialiased)
-    -> (3, size, size) uint8; flipped for u[2] below 0.5 where `flip` allows. The same as a crop after the resize, but sooner done."""
+    -> (3, size, size) uint8; flipped for u[2] below 0.5 where `flip` allows. The same as cropping after the resize, and faster."""
     image = TF.pil_to_tensor(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC, centering=u[:2]))
     return image.flip(-1) if flip and u[2] < 0.5 else image
 
 @functools.lru_cache(maxsize=2)
-def shuffle(n, seed):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+def shuffle(n, seed): return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 def shuffled(position, n, seed): return int(shuffle(n, seed + position // n)[position % n])       # each of n once an epoch, in another order in each
 
 class Images(torch.utils.data.Dataset):
@@ -157,7 +156,7 @@ class Images(torch.utils.data.Dataset):
 
     def __getitem__(self, position):
         u, skipped = uniform(self.seed * 1_000_003 + position, 3).tolist(), []
-        for record in map(self.record, range(position, position + 2 * len(self))):   # an unreadable image's place is the next's
+        for record in map(self.record, range(position, position + 2 * len(self))):   # an unreadable image gives way to the next
             try:
                 return self.load(record, u) | dict(skipped="\n".join(skipped))
             except Exception as error:                                        # PIL raises anything on damaged files
@@ -266,12 +265,12 @@ class Pretrainer(nn.Module):
         image = F.normalize(self.image_head(z.mean(1)), dim=-1)               # (B, width)
         text = F.normalize(self.embed_text(texts), dim=-1)                    # (B, width)
         logits = self.scale.exp() * image @ text.T + self.bias                # (B, B)
-        same = torch.tensor([[1.0 if a == b else -1.0 for b in texts] for a in texts], device=z.device)
+        same = torch.tensor([[1.0 if a == b else -1.0 for b in texts] for a in texts], device=z.device)  # (B, B): equal captions match too
         losses = dict(sigmoid=-F.logsigmoid(same * logits).sum(1).mean() / 10)   # about as large as the others
-        *what, where = (t.to(z.device) for t in segments(scene, math.isqrt(z.shape[1])))
-        for head, name, target in zip(self.segment, ("shape", "color"), what):
+        shape, color, middle = (t.to(z.device) for t in segments(scene, math.isqrt(z.shape[1])))     # (B, N, 4) twice, (B, N, 4, 2)
+        for head, name, target in zip(self.segment, ("shape", "color"), (shape, color)):
             losses[name] = F.cross_entropy(head(z).unflatten(-1, (4, -1)).flatten(0, 2), target.flatten())
-        return losses | dict(place=0.3 * (self.place(z)[:, :, None] - where)[what[0] > 0].abs().mean())
+        return losses | dict(place=0.3 * (self.place(z)[:, :, None] - middle)[shape > 0].abs().mean())         # shape 0: background
 
 def pretrain(config, model_config, device, path):
     """Stage 0 -> `path`. Always on shapes: see README, "Stage 0 and your own images"."""
@@ -314,7 +313,8 @@ def starting_point(config, model_config, ranks, resumed):
         stage1 = load_checkpoint(path)
         check_same(stage1["model_config"], asdict(model_config), f"{path} is of another model")
         if stage1["config"]["encoder_lr"]: raise UserError(f"{path} moved its encoder, which stage 2 needs as teacher: train it with --encoder_lr 0")
-        if resumed and any((resumed["model"][key] != stage1["ema"][key]).any() for key in stage1["ema"] if key == "quantizer.codebook"):
+        C = stage1["ema"].get("quantizer.codebook")                           # frozen, so the two stages share it; RAE has none
+        if resumed and C is not None and (resumed["model"]["quantizer.codebook"] != C).any():
             raise UserError(f"{path} is not what this stage 2 began from: --overwrite starts it over")
         ranks.say(f"from step {stage1['step']} of {stage1['config']['total_steps']} in {path}")
         model.load_state_dict(stage1["ema"], strict=True)
@@ -354,7 +354,7 @@ def validate(model, dataset, config, device, path):
     for batch in batches(dataset, model.config.image_size, positions, 32, device=device):
         out = model(batch["image"])
         target = resize(batch["image"], model.config.output_size)
-        if not psnrs: save_image(torch.cat([F.pad(target, (0, 0, 0, 2)), out.reconstruction.clamp(0, 1)], 2)[:16], path)       # 8 across
+        if not psnrs: save_image(torch.cat([F.pad(target, (0, 0, 0, 2)), out.reconstruction.clamp(0, 1)], 2)[:16], path)      # 8 a row
         psnrs.append(psnr(out.reconstruction, target))
         if out.indices is not None: used[out.indices.flatten().cpu()] = True
     return torch.cat(psnrs).mean().item(), used.float().mean().item()
@@ -364,15 +364,15 @@ def train(config, model_config, ranks):
     path, pictures = out / f"stage{config.stage}.pt", out / f"recon_stage{config.stage}.png"
     if resumed := open_run(path, config): check_same(resumed["model_config"], asdict(model_config), f"{path} is of another model")
     local, micro, accumulate = split_batch(config, ranks)
-    size, val_source, split = model_config.image_size, config.val_data or config.data, not config.val_data and config.data != "shapes"
+    size, val_source, hold_out = model_config.image_size, config.val_data or config.data, not config.val_data and config.data != "shapes"
     with ranks.first_alone():
         data = None if config.data == "shapes" else Images(config.data, size, config.seed, random_crop=config.random_crop, folder=out,
-                                                           random_flip=config.random_flip, part="train" if split else "all")
-        val_data = None if val_source == "shapes" else Images(val_source, size, train=False, part="val" if split else "all", folder=out)
+                                                           random_flip=config.random_flip, part="train" if hold_out else "all")
+        val_data = None if val_source == "shapes" else Images(val_source, size, train=False, part="val" if hold_out else "all", folder=out)
     torch.manual_seed(config.seed)
     model, teacher = starting_point(config, model_config, ranks, resumed)
     torch.manual_seed(config.seed)                                            # the same from here on, whether stage 0 ran just now or not
-    perceptual = config.perceptual != "none" and PerceptualLoss(config.perceptual, config.lpips_weights, config.convnext_weights, vfm=teacher)
+    perceptual = PerceptualLoss(config.perceptual, config.lpips_weights, config.convnext_weights, teacher) if config.perceptual != "none" else None
     discriminator = Discriminator(config.disc_width) if config.disc_start >= 0 else None
     if config.disc_start >= config.total_steps: ranks.say(f"note: --disc_start {config.disc_start} is after the last step: no discriminator")
     frozen, dtype = config.encoder_lr == 0, torch.float64 if config.precision == "float64" else None
@@ -381,15 +381,15 @@ def train(config, model_config, ranks):
     nn.ModuleList(filter(None, (model, teacher, perceptual, discriminator))).to(device, dtype)
     nn.ModuleList(filter(None, (perceptual, discriminator))).to(memory_format=torch.channels_last)      # faster convolutions, the same numbers
     ema = copy.deepcopy(model).requires_grad_(False).eval()
-    learned = [*zip(*((e, p) for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad))]      # what is frozen stays bit for bit
+    averaged, learned = zip(*((e, p) for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad))     # what is frozen stays bit for bit
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = config.tf32
     for part in (model.encoder, model.decoder): part.vit.set_grad_checkpointing(config.checkpointing)
     if config.compile: compile_parts(model, teacher, perceptual, discriminator)
     optimizer = torch.optim.AdamW([*parameter_groups(model, discriminator, config)], betas=(config.beta1, config.beta2), fused=device.type != "mps")
-    parts, first_step = dict(model=model, ema=ema, optimizer=optimizer, discriminator=discriminator), 0
+    parts = dict(model=model, ema=ema, optimizer=optimizer, discriminator=discriminator)
+    first_step = resumed["step"] if resumed else 0
     if resumed:
-        first_step = resumed["step"]
         if first_step > config.total_steps or (resumed["config"]["encoder_lr"] == 0) != frozen:
             raise UserError(f"{path} is at step {first_step} with --encoder_lr {resumed['config']['encoder_lr']}: go on with that, to more steps")
         resumed["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]         # rates are this run's
@@ -405,32 +405,32 @@ def train(config, model_config, ranks):
     bar = tqdm(range(first_step, config.total_steps + 1), f"stage {config.stage}", config.total_steps, initial=first_step, unit="step",
                disable=not ranks.first)                                       # the last round only validates and saves
     weights = dict(l2=config.l2_weight, perceptual=config.perceptual_weight, quant=1.0, distill=config.distill_weight, adversarial=config.disc_weight)
+    amp, loss_amp = (torch.autocast(device.type, torch.bfloat16, enabled=kind == "bf16") for kind in (config.precision, config.loss_precision))
     stop, warned, floor = False, False, config.end_lr / config.lr
     if config.bench: stream, timed = itertools.repeat(next(stream)), bench(config, ranks, model)
-    else: ranks.begin(config.overwrite, path)
+    else: ranks.begin(config.overwrite, path)                                 # from here on Ctrl-C lets the step end, then saves
 
     for step in bar:
         if config.bench and next(timed): return
         # Once in a while: validate, draw, save.
         last = step == config.total_steps
         if ranks.first and (last or (step > first_step and step % config.eval_every == 0)):
-            val = validate(ema, val_data, config, device, pictures)
-            log(step=step, val_psnr=val[0], **dict(val_codebook_usage=val[1]) if model.quantizer else {})
+            val_psnr, val_usage = validate(ema, val_data, config, device, pictures)
+            log(step=step, val_psnr=val_psnr, **dict(val_codebook_usage=val_usage) if model.quantizer else {})
         if ranks.first and (last or stop or (step > first_step and step % config.save_every == 0)):
             save_checkpoint(path, {name: part and part.state_dict() for name, part in parts.items()} | dict(
                 step=step, rng=torch.get_rng_state(), config=asdict(config), model_config=asdict(model_config)))
         if last or stop: break
 
         # ---- One training step -----------------------------------------------------------------------------------------
-        factor = lambda start: lr_factor(max(0, step - start), config.warmup_steps, config.total_steps - start, floor)
+        factor = lambda since: lr_factor(max(0, step - since), config.warmup_steps, config.total_steps - since, floor)
         for group in optimizer.param_groups: group["lr"] = group["base_lr"] * factor(group["start"])
         adversarial = 0 <= config.disc_start <= step
-        sums = {}
+        logged = {}
         for i in range(accumulate):
             batch = next(stream)
-            images = batch["image"].to(dtype=dtype)                           # (b, 3, h, w)
+            images = batch["image"].to(dtype=dtype)                           # (b, 3, h, w); dtype is None, or float64
             net.require_backward_grad_sync = i == accumulate - 1              # DDP averages gradients in backward: once a step is enough
-            amp, loss_amp = (torch.autocast(device.type, torch.bfloat16, enabled=p == "bf16") for p in (config.precision, config.loss_precision))
             with amp:
                 X, Z_I, indices, vq_loss = net(images)                        # (b, 3, H, W), (b, N, d), (b, N), ()
             X, target = full(X), resize(images, model_config.output_size)     # (b, 3, H, W) each; losses in float32 from here
@@ -440,8 +440,8 @@ def train(config, model_config, ranks):
             if config.distill_weight and not frozen:
                 with torch.no_grad(), amp: teacher_Z_I = teacher(images)      # (b, N, d)
                 terms["distill"] = distill_loss(Z_I, teacher_Z_I)                                                # eq. 5
-            if adversarial:                                                   # it only judges here: no gradient of its own, so no DDP
-                discriminator.requires_grad_(False)
+            if adversarial:
+                discriminator.requires_grad_(False)                           # here it only judges X: no gradient of its own, so no DDP
                 with loss_amp: terms["adversarial"] = -full(discriminator(X)).mean()
             loss = sum(weights[name] * term for name, term in terms.items())                                     # eq. 4, 6
             (loss / accumulate).backward()
@@ -456,26 +456,26 @@ def train(config, model_config, ranks):
                 ((terms["discriminator"] + config.lecam_weight * terms["lecam"]) / accumulate).backward()
                 discriminator.means.lerp_(torch.stack([real_mean, fake_mean]).detach(), 0.001)
             for name, term in dict(terms, loss=loss).items():
-                sums[name] = sums.get(name, 0) + full(term.detach()) / accumulate
+                logged[name] = logged.get(name, 0) + full(term.detach()) / accumulate
             if indices is not None: counts.index_add_(0, indices.flatten(), torch.ones(indices.numel(), device=device))  # bincount waits for the GPU
-        sums |= dict(grad_norm=nn.utils.clip_grad_norm_(model.parameters(), config.clip), stop=X.new_full((), ranks.stop_asked))
-        if adversarial: sums["disc_grad_norm"] = nn.utils.clip_grad_norm_(discriminator.parameters(), config.clip)
-        means = ranks.sum(torch.stack([*sums.values()])) / ranks.size
-        sums = dict(zip(sums, means.tolist()))                                # the step's one wait for the GPU
-        check_finite(sums, step)
-        stop = sums.pop("stop") > 0                                           # asked of any rank: all save the same step
+        logged |= dict(grad_norm=nn.utils.clip_grad_norm_(model.parameters(), config.clip), stop=X.new_full((), ranks.stop_asked))
+        if adversarial: logged["disc_grad_norm"] = nn.utils.clip_grad_norm_(discriminator.parameters(), config.clip)
+        means = ranks.sum(torch.stack([*logged.values()])) / ranks.size
+        logged = dict(zip(logged, means.tolist()))                            # the step's one wait for the GPU
+        check_finite(logged, step)
+        stop = logged.pop("stop") > 0                                         # asked of any rank: all save the same step
         optimizer.step()
         optimizer.zero_grad()
         decay = min(config.ema_decay, (1 + step) / (10 + step))
-        get_ema_multi_avg_fn(decay)(*learned, None)                           # decay * ema + (1 - decay) * model, all weights in one call
+        get_ema_multi_avg_fn(decay)(averaged, learned, None)                  # decay * ema + (1 - decay) * model, all weights in one call
         # ----------------------------------------------------------------------------------------------------------------
         if (step + 1) % config.log_every == 0:
             (usage, perplexity, _), counts = code_usage(ranks.sum(counts)), torch.zeros_like(counts)
             codes = dict(codebook_usage=usage, perplexity=perplexity) if model.quantizer else {}
             rate = config.batch_size * (bar.format_dict["rate"] or 0)
-            log(step=step + 1, **sums, lr=config.lr * factor(0), images_per_s=rate, **codes, skipped=len(data.skipped) if data else 0)
+            log(step=step + 1, **logged, lr=config.lr * factor(0), images_per_s=rate, **codes, skipped=len(data.skipped) if data else 0)
             shown = f"codes {usage:.0%}, " if codes else ""
-            bar.set_postfix_str(f"loss {sums['loss']:.4f}, PSNR {-10 * math.log10(sums['l2']):.1f}, {shown}{rate:.0f} images/s")
+            bar.set_postfix_str(f"loss {logged['loss']:.4f}, PSNR {-10 * math.log10(logged['l2']):.1f}, {shown}{rate:.0f} images/s")
             if codes and usage < 0.1 and step > config.warmup_steps and not warned:
                 warned = True
                 ranks.say(f"\nwarning: only {usage:.1%} of the codes are in use. Try a larger --codebook_dim (at least {model_config.dim}), "
@@ -488,12 +488,12 @@ def train(config, model_config, ranks):
         if newest.is_dir() and not newest.is_symlink(): newest.rename(f"{newest}-{start:.0f}")                 # some copies follow the link
         newest.unlink(missing_ok=True)
         newest.symlink_to(folder.name)
-        report({"stage": config.stage, "validation PSNR": f"{val[0]:.2f} dB",
-                "validation codebook use": ema.quantizer and f"{val[1]:.1%} of {model_config.codebook_size} codes",
+        report({"stage": config.stage, "validation PSNR": f"{val_psnr:.2f} dB",
+                "validation codebook use": ema.quantizer and f"{val_usage:.1%} of {model_config.codebook_size} codes",
                 "time": f"{(time.time() - start) / 60:.1f} minutes", "pictures": pictures, "tokenizer": folder,
                 "unreadable images": data and len(data.skipped)})
         print("\nNext:", next_command("train_tokenizer.py", config, CARRIED, stage=2) if config.stage == 1 else
-              next_command("eval.py", config, {"device", "lpips_weights"}, data=val_source, out_dir=out, **dict(part="val") if split else {}))
+              next_command("eval.py", config, {"device", "lpips_weights"}, data=val_source, out_dir=out, **dict(part="val") if hold_out else {}))
     ranks.wait()
 
 def main():

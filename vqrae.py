@@ -57,7 +57,7 @@ class VQRAEConfig:
     image_size: int = 256             # h = w in pixels
     patch_size: int = 16              # p, a patch's side in pixels
     dim: int = 1152                   # d, width of Z_I
-    q: int = 0                        # side of a token's pixels out; 0: q = p, the output is as large as the input
+    q: int = 0                        # side in pixels of what a token decodes to; 0: q = p, the output is as large as the input
     quantizer: str = "simvq"          # simvq, or none: continuous latents, the RAE baseline
     codebook_size: int = 16384        # k
     codebook_dim: int = 1536          # e; the paper's finding: at least d
@@ -85,7 +85,7 @@ MODELS = {                            # tiny: a stand-in VFM that `train_tokeniz
 
 # ---- Encoder --------------------------------------------------------------------------------------------------------
 def create_vit(config, **changes):
-    """The config's timm ViT, weights random, without head or pooling: a pooling head's would never get a gradient, which DDP refuses."""
+    """The config's timm ViT with random weights, no head or pooling: a pooling head would never get a gradient, which DDP refuses."""
     with explained(f"timm cannot build {config.encoder} with {config.encoder_kwargs}, dim {config.dim}"):
         kwargs = config.encoder_kwargs | dict(img_size=config.image_size, patch_size=config.patch_size, embed_dim=config.dim) | changes
         return timm.create_model(config.encoder, num_classes=0, global_pool="", **kwargs)
@@ -163,7 +163,7 @@ def load_encoder_weights(encoder, source):
         vit.load_state_dict(state, strict=True)
 
 # ---- Quantiser ------------------------------------------------------------------------------------------------------
-def full(x): return x if x.dtype == torch.float64 else x.float()              # out of autocast's bfloat16: float32, or float64 where all is
+def full(x): return x if x.dtype == torch.float64 else x.float()              # autocast's bfloat16 -> float32; float64 (--precision) stays
 def no_autocast(x): return contextlib.nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
 
 def has_bf16(device):                             # does it multiply bfloat16 matrices faster than float32 ones?
@@ -172,15 +172,15 @@ def has_bf16(device):                             # does it multiply bfloat16 ma
 
 @torch.no_grad()
 def nearest(z, codes, max_elements=1 << 23, candidates=6):
-    """Index of the nearest row (l2) of codes (k, e) for each of z (M, e) -> (M,): the least |c - m|^2 / 2 - (z - m).c, with m the mean code: half
-    of |z - c|^2 but for what all codes share. At most `max_elements` distances exist at once (32 MB in float32), on a GPU eight times as many.
-    A large codebook's products are in bfloat16 where that is fast; float32 decides among the best `candidates`."""
-    mean, found, piece = codes.mean(0), [], max_elements * 8 if z.is_cuda else max_elements
-    parts = codes.split(max(1, piece // 8 // codes.shape[1]))                 # and never a copy of all codes
-    half = torch.cat([(some - mean).square().sum(1) for some in parts]) / 2   # (k,)
+    """Index of the nearest (l2) row c of codes (k, e) for each row of z (M, e) -> (M,): the least |c - m|^2 / 2 - (z - m).c, which is half of
+    |z - c|^2 less what all codes share; m, the mean code, keeps rounding small. At most `max_elements` distances exist at once (32 MB in float32;
+    on a GPU 8 times as many). A large codebook's products are in bfloat16 where that is fast; float32 decides among the best `candidates`."""
+    mean, found, piece = codes.mean(0), [], max_elements * (8 if z.is_cuda else 1)
+    parts = codes.split(max(1, piece // 8 // codes.shape[1]))                 # centred in parts: never a copy of all codes
+    half = torch.cat([(part - mean).square().sum(1) for part in parts]) / 2   # (k,)
     in_bf16 = z.dtype == torch.float32 and codes.numel() >= 1 << 22 and has_bf16(z.device)
     if in_bf16:
-        low = torch.cat([(some - mean).bfloat16() for some in parts])         # (k, e)
+        low = torch.cat([(part - mean).bfloat16() for part in parts])         # (k, e)
         low_half = (half - half.mean()).bfloat16()                            # (k,)
     for rows in z.split(max(1, piece // len(codes))):
         rows = rows - mean                                                    # (m, e)
@@ -207,8 +207,8 @@ class SimVQ(nn.Module):
             z = full(z)
             codes = self.proj(self.codebook)                                  # C W (k, e)
             indices = nearest(z.flatten(0, 1), codes).view(z.shape[:-1])      # (B, N)
-            z_q = self.lookup(indices) if 2 * indices.numel() < len(codes) else F.embedding(indices, codes)   # the cheaper gradient for W
-            loss = F.mse_loss(z_q, z.detach()) + self.beta * F.mse_loss(z, z_q.detach())
+            z_q = self.lookup(indices) if 2 * indices.numel() < len(codes) else F.embedding(indices, codes)   # same z_q: the cheaper backward
+            loss = F.mse_loss(z_q, z.detach()) + self.beta * F.mse_loss(z, z_q.detach())       # codes to z; z to codes (commitment)
         return z_q.detach() + (z - z.detach()), indices, loss     # straight through: z_q's value, z's gradient. z + (z_q - z).detach() would round
 
     def lookup(self, indices):                                                # (...) int64 -> (..., e)
@@ -216,14 +216,14 @@ class SimVQ(nn.Module):
 
     @torch.no_grad()
     def init_codebook(self, latents, iterations=5):
-        """Start the codes on the data: C = k means of latents Z_c (M, e), M >= k, and W = I. See VQRAE.start_on."""
+        """Start the codes on the data: C = the k-means centres of latents Z_c (M, e), M >= k, and W = I. See VQRAE.start_on."""
         k = len(self.codebook)
-        spare = lambda: latents[torch.randperm(len(latents), device=latents.device)[:k]]
-        C = spare()
+        draw = lambda: latents[torch.randperm(len(latents), device=latents.device)[:k]]  # (k, e), some latents
+        C = draw()
         for _ in range(iterations):
-            indices = nearest(latents, C)
-            counts = torch.bincount(indices, minlength=k)[:, None]
-            C = torch.where(counts > 0, torch.zeros_like(C).index_add_(0, indices, latents) / counts, spare())   # an empty one moves
+            indices = nearest(latents, C)                                     # (M,)
+            counts = torch.bincount(indices, minlength=k)[:, None]            # (k, 1)
+            C = torch.where(counts > 0, torch.zeros_like(C).index_add_(0, indices, latents) / counts, draw())    # an empty cluster restarts
         self.codebook.copy_(C)
         nn.init.eye_(self.proj.weight)
 
@@ -264,20 +264,19 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         self.from_code = nn.Linear(config.codebook_dim, config.dim)
         self.decoder = Decoder(config)
 
-    def encode(self, images):                                                 # X (B, 3, h, w)
-        return self.encoder(images)                                           # Z_I (B, N, d)
+    def encode(self, images): return self.encoder(images)                     # X (B, 3, h, w) -> Z_I (B, N, d)
 
     def forward(self, images):                                                # X (B, 3, h, w)
         Z_I = self.encode(images)                                             # (B, N, d)
-        z = self.to_code(Z_I)                                                 # Z_c (B, N, e)
-        z, indices, vq_loss = self.quantizer(z) if self.quantizer is not None else (z, None, z.new_zeros(()))        # Z_q (B, N, e)
-        return Output(self.decoder(self.from_code(z)), Z_I, indices, vq_loss)
+        Z_c = self.to_code(Z_I)                                               # (B, N, e)
+        Z_q, indices, vq_loss = self.quantizer(Z_c) if self.quantizer is not None else (Z_c, None, Z_c.new_zeros(()))      # Z_q (B, N, e)
+        return Output(self.decoder(self.from_code(Z_q)), Z_I, indices, vq_loss)
 
     @torch.no_grad()
     def start_on(self, Z_I, pixels):                                          # M patches: features (M, d), pixels (M, 3, p p)
         """Start the bottleneck on data. to_code: ridge regression from a patch's features to its pixels, in their principal components, so that
-        near in the code space is alike to the eye; standard deviation 0.3, for L_quant grows with its square, and at 1 drowns the other losses.
-        Codes: k means of 16 k such latents, drawn by their detail, or flat backgrounds take most. Measured: README, "Bottleneck start"."""
+        latents close together look alike. Their standard deviation is 0.3: L_quant grows with its square, and at 1 drowns the other losses.
+        Codes: k-means of 16 k latents, detailed patches drawn more often: else flat ones take most codes. README, "Bottleneck start"."""
         norm, linear = self.to_code
         x, y = norm(Z_I), pixels.flatten(1)                                   # (M, d), (M, 3 p p)
         mean = x.mean(0)
@@ -289,7 +288,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         linear.weight.mul_(0.1)[:A.shape[1]] = A.T                            # dimensions beyond n stay small and random
         linear.bias.zero_()[:A.shape[1]] = -mean @ A
         if self.quantizer:
-            detail = (pixels.var(2).mean(1) + 5e-4) ** 0.85                   # (M,) variance within each colour channel; some of flat ones too
+            detail = (pixels.var(2).mean(1) + 5e-4) ** 0.85                   # (M,) variance within a patch; 5e-4: flat ones come too, but rarely
             self.quantizer.init_codebook(self.to_code(Z_I[torch.multinomial(detail, 16 * len(self.quantizer.codebook), replacement=True)]))
 
     @torch.no_grad()
@@ -354,7 +353,7 @@ class PerceptualLoss(nn.Module):
             loss = loss + 0.1 * F.mse_loss(*(self.convnext((i - self.mean) / self.std) for i in (x, y)))          # logits (B, 1000)
         return loss
 
-def group_norm(x, norm):                          # nn.GroupNorm's numbers, each channel averaged first: in channels-last that is fast once compiled
+def group_norm(x, norm):                          # nn.GroupNorm's result, but each channel is averaged first: compiled, fast in channels-last
     groups = full(x).unflatten(1, (norm.num_groups, -1))                      # (B, G, C / G, H, W)
     groups = groups - groups.mean((3, 4), keepdim=True).mean(2, keepdim=True)
     groups = groups * (groups.square().mean((3, 4), keepdim=True).mean(2, keepdim=True) + norm.eps).rsqrt()
@@ -375,12 +374,12 @@ class Discriminator(nn.Module):
     def forward(self, images):                                                # (B, 3, H, W)
         x = F.leaky_relu(self.stem(images), 0.1)                              # (B, width, H, W)
         for conv, norm in zip(self.convs, self.norms):
-            # 3 x 3, then TiTok's blur, (1, 3, 3, 1) / 8 each way at stride 2, are one convolution of 6 x 6 at stride 2 (but at the edge), and that
-            # is one of 3 x 3 on squares of 2 x 2 pixels as channels, twice as fast on a GPU. An odd row or column is left out.
-            weight = torch.einsum("oiab,xa,yb->oixy", conv.weight, self.blur, self.blur)
-            x = F.pixel_unshuffle(x[..., :x.shape[2] // 2 * 2, :x.shape[3] // 2 * 2], 2)
-            x = F.conv2d(x, F.pixel_unshuffle(weight, 2), conv.bias, padding=1)
-            x = F.leaky_relu(group_norm(x, norm), 0.1)                        # half the height and width
+            # TiTok: a 3 x 3 convolution, then a blur, (1, 3, 3, 1) / 8 each way, at stride 2. Together one 6 x 6 convolution at stride 2 (but
+            # at the edge), or with 2 x 2 pixels folded into channels a 3 x 3 one: twice as fast on a GPU. An odd last row or column is dropped.
+            weight = torch.einsum("oiab,xa,yb->oixy", conv.weight, self.blur, self.blur)      # (o, i, 6, 6)
+            x = F.pixel_unshuffle(x[..., :x.shape[2] // 2 * 2, :x.shape[3] // 2 * 2], 2)      # (B, 4 i, H / 2, W / 2)
+            x = F.conv2d(x, F.pixel_unshuffle(weight, 2), conv.bias, padding=1)               # (B, o, H / 2, W / 2)
+            x = F.leaky_relu(group_norm(x, norm), 0.1)
         return self.head(F.adaptive_max_pool2d(x, 16))                        # (B, 1, 16, 16)
 
 def hinge_d_loss(real_logits, fake_logits):
@@ -393,7 +392,7 @@ def lecam(real_mean, fake_mean, ema_real, ema_fake):
 
 def as_file(images): return (full(images).clamp(0, 1) * 255).round() / 255    # to 8 bits, as a picture file holds them; still in [0, 1]
 def psnr(x, y):
-    """(B, 3, H, W) in [0, 1] -> (B,) dB, as picture files."""
+    """(B, 3, H, W) in [0, 1], both rounded to 8 bits -> (B,) dB."""
     return -10 * (as_file(x) - as_file(y)).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
 
 def code_usage(counts):
@@ -532,7 +531,7 @@ class Ranks:
         dist.all_reduce(total)
         return total.to(tensor.device)
 
-    def mean_with_grad(self, tensor):                                         # over ranks; the gradient is the tensor's own: DDP takes their mean
+    def mean_with_grad(self, tensor):                                         # over ranks; the gradient is this rank's: DDP averages those
         return tensor + (self.sum(tensor.detach()) / self.size - tensor.detach())
 
     @contextlib.contextmanager
