@@ -1304,6 +1304,28 @@ def test_codes_of_a_folder_are_cached_and_refused_when_they_should_be(trained, f
     assert "has caption or class" in run_inside("train_ar.py", *flags, *stage2) and not [*(tmp_path / "bare").glob("codes*")]
 
 
+def test_tokenizing_goes_on_where_it_was_killed(trained, tmp_path, monkeypatch):
+    (tmp_path / "data" / "a cat").mkdir(parents=True)
+    for i in range(160):
+        Image.new("RGB", (8, 8), (i, 255 - i, 0)).save(tmp_path / "data" / "a cat" / f"{i:03d}.png")
+    seen, tokenize = [], VQRAE.tokenize
+
+    def counts(model, images):
+        if seen == [64] and not (tmp_path / "killed").exists():
+            (tmp_path / "killed").touch()
+            raise OSError("killed")
+        seen.append(len(images))
+        return tokenize(model, images)
+    monkeypatch.setattr(VQRAE, "tokenize", counts)
+    flags = ["--data", str(tmp_path / "data"), "--batch_size", "4", "--total_steps", "1", "--val_images", "2", "--device", "cpu",
+             "--tokenizer", str(trained[0] / "tokenizer"), "--out_dir"]
+    assert run_inside("train_ar.py", *flags, str(tmp_path / "one")) == "killed"
+    assert run_inside("train_ar.py", *flags, str(tmp_path / "one")) == "no error" and seen == [64, 64, 24, 8]
+    assert run_inside("train_ar.py", *flags, str(tmp_path / "two")) == "no error" and sum(seen[4:]) == 160
+    one, two = (next((tmp_path / run).glob("codes-train-*.npy")).read_bytes() for run in ("one", "two"))
+    assert one == two and not [*(tmp_path / "one").glob("*.partial")]
+
+
 def test_generated_pictures_are_scored(trained, tmp_path):
     out = tmp_path / "run"
     said = run("train_tokenizer.py", *WEE[4:], "--dim", 32, "--encoder_kwargs", WEE[5], "--stage0_steps", 2, "--out_dir", out, "--total_steps", 2)

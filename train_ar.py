@@ -214,27 +214,28 @@ def open_codes(source, part, config, tokenizer, which, ranks):
         dataset = Images(source, tokenizer.config.image_size, train=False, part="all" if config.val_data else part, folder=config.out_dir)
     if not any(r["label"] or r["text"] and r["text"][-1] for r in map(dataset.record, range(len(dataset)))):      # or its path, offset, size
         raise UserError(f"no image of {source} has caption or class: write metadata.jsonl (file_name, text), or a .txt beside each (in shards too)")
-    listing = hashlib.sha256()
+    listing, changed = hashlib.sha256(), functools.cache(lambda file: (os.path.getsize(file), os.path.getmtime(file)))         # a shard's once
     for record in map(dataset.record, range(len(dataset))):
-        files = [place[0] for place in (record["image"], record["text"]) if isinstance(place, tuple)]
-        listing.update(repr((record, [(stat.st_size, stat.st_mtime) for stat in map(os.stat, files)])).encode())
+        listing.update(repr((record, [changed(place[0]) for place in (record["image"], record["text"]) if isinstance(place, tuple)])).encode())
     path = Path(config.out_dir) / f"codes-{part}-{which}-{listing.hexdigest()[:16]}.npy"
     if path.is_file() and not config.overwrite_cache: return np.load(path, mmap_mode="r")
     others = [other for other in path.parent.glob(f"codes-{part}-*.npy") if other != path]
     if others and not config.overwrite_cache:
         what = f"other images, or another path to them, than {source}" if which in others[0].name else f"another tokenizer than {config.tokenizer}"
         raise UserError(f"{others[0]} was made with {what}: --overwrite_cache makes it anew, --out_dir keeps both")
-    partial = path.with_suffix(".partial")
-    if ranks.first:
-        dtype = [("codes", "<u2" if tokenizer.config.codebook_size <= 1 << 16 else "<u4", tokenizer.config.num_tokens), ("text", "S1024")]
-        np.lib.format.open_memmap(partial, "w+", dtype, (len(dataset),))      # captions beyond 1024 bytes of UTF-8 are cut
+    fresh, partial = path.with_suffix(".fresh"), path.with_suffix(".partial")
+    if ranks.first and (config.overwrite_cache or not partial.exists()):      # else a killed run's is gone on with
+        codes = ("codes", "<u2" if tokenizer.config.codebook_size <= 1 << 16 else "<u4", tokenizer.config.num_tokens)
+        np.lib.format.open_memmap(fresh, "w+", [codes, ("text", "S1024"), ("done", "?")], (len(dataset),))    # longer captions are cut
+        fresh.replace(partial)
     ranks.wait()
     rows = np.load(partial, mmap_mode="r+")
-    share = range(len(rows) * ranks.rank // ranks.size, len(rows) * (ranks.rank + 1) // ranks.size)           # this rank's
-    bar = tqdm(share, f"codes-{part}", unit="image", disable=not ranks.first)
-    for batch, at in zip(batches(dataset, tokenizer.config.image_size, bar, 64, config.num_workers, ranks.device), share[::64]):
-        new = [(text or label).encode(errors="replace") for text, label in zip(batch["text"], batch["label"])]       # no caption: its class
-        rows[at:at + len(new)] = list(zip(tokenizer.tokenize(batch["image"]).tolist(), new))
+    first, end = (len(rows) * (ranks.rank + i) // ranks.size for i in (0, 1))                                 # this rank's share
+    todo = (first + np.flatnonzero(~rows["done"][first:end])).tolist()
+    bar = tqdm(todo, f"codes-{part}", unit="image", disable=not ranks.first)
+    for i, batch in enumerate(batches(dataset, tokenizer.config.image_size, bar, 64, config.num_workers, ranks.device)):
+        texts = [(text or label).encode(errors="replace") for text, label in zip(batch["text"], batch["label"])]     # no caption: its class
+        rows[todo[64 * i:64 * (i + 1)]] = [(*row, True) for row in zip(tokenizer.tokenize(batch["image"]).tolist(), texts)]
     rows.flush()
     ranks.wait()
     if ranks.first:

@@ -409,7 +409,6 @@ def train(config, model_config, ranks):
     stop, warned, floor = False, False, config.end_lr / config.lr
     if config.bench: stream, timed = itertools.repeat(next(stream)), bench(config, ranks, model)
     else: ranks.begin(config.overwrite, path)                                 # from here on Ctrl-C lets the step end, then saves
-
     for step in bar:
         if config.bench and next(timed): return
         # Once in a while: validate, draw, save.
