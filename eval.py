@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from sample import PRESETS, SampleConfig, answer, generate
 from train_ar import identity, load_generator, load_mllm, questions
-from train_tokenizer import (ATLAS, EXTENT, HELD_OUT, PALETTE, SHAPES, SIDE, TASKS, VALIDATION, WINDOW, Images, Scene, batches, captions, masks, plan,
-                             render)
-from vqrae import (Ranks, SimVQ, UserError, as_file, build_lpips, check_least, code_usage, command_line, explained, load_checkpoint,
-                   load_teacher, load_tokenizer, nearest, parse_config, print_config, psnr, resize)
+from train_tokenizer import (ATLAS, EXTENT, HELD_OUT, PALETTE, SHAPES, SIDE, TASKS, VALIDATION, WINDOW, Images, Scene, as_file, batches, captions,
+                             code_usage, masks, plan, psnr, render)
+from vqrae import (Ranks, SimVQ, UserError, build_lpips, check_least, command_line, explained, load_checkpoint, load_teacher, load_tokenizer,
+                   nearest, parse_config, print_config, resize)
 
 @dataclass
 class EvalConfig:
@@ -175,7 +175,7 @@ def semantics(model, teacher, dataset, total, config, device):
         return dict(knn_top1=None, probe_top1=None), dict(semantics=f"{config.data}: needs 2 classes (folders, or label in metadata.jsonl), 4 images")
     labels = torch.tensor([classes[label] for label in labels])
     with torch.enable_grad():
-        return {key: {name: f(z[::2], labels[::2], z[1::2], labels[1::2]) for name, z in rows.items()}
+        return {key: {name: z if z is None else f(z[::2], labels[::2], z[1::2], labels[1::2]) for name, z in (dict.fromkeys(found) | rows).items()}
                 for key, f in (("knn_top1", knn), ("probe_top1", probe))}, {}
 
 def draw_clusters(rows, images, path, k=8, across=8):

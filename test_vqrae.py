@@ -617,6 +617,7 @@ def test_every_kind_of_picture_decodes():
     assert near(tt.decode(encoded(Image.new("LA", (40, 30), (0, 0)))), (255, 255, 255))
     assert near(tt.decode(encoded(Image.new("L", (40, 30), 77))), (77, 77, 77))
     assert near(tt.decode(encoded(Image.new("I;16", (40, 30), 200 * 257))), (200, 200, 200))
+    assert near(tt.decode(encoded(Image.new("I;16", (40, 30), 200))), (1, 1, 1))       # dark, not eight bits
     for value in (200, 200 / 255):                                            # floats up to 255, or to 1
         assert near(tt.decode(encoded(Image.new("F", (40, 30), value), "TIFF")), (200, 200, 200))
     exif = Image.Exif()
@@ -766,7 +767,7 @@ def test_psnr_and_ssim_equal_scikit_images():
     a = torch.stack([torch.sin(x / 5 + c) * torch.cos(y / (7 - c)) for c in range(3)]) * 0.4 + 0.5
     b = (a + 0.1 * torch.sin(x * y / 9)).clamp(0, 1)
     a, b = ((i * 255).round() / 255 for i in (a[None], b[None]))
-    assert abs(vqrae.psnr(a, b).item() - 23.112960) < 1e-4
+    assert abs(tt.psnr(a, b).item() - 23.112960) < 1e-4
     assert abs(evaluation.ssim(a, b).item() - 0.774688) < 1e-4
     assert abs(evaluation.ssim(a, b, 2.0).item() - 0.801803) < 1e-4
 
@@ -782,13 +783,13 @@ def test_frechet_distance_of_known_gaussians():
 
 
 def test_codebook_statistics():
-    assert vqrae.code_usage(torch.tensor([4.0, 4.0, 0, 0])) == (0.5, pytest.approx(2), pytest.approx(1))
+    assert tt.code_usage(torch.tensor([4.0, 4.0, 0, 0])) == (0.5, pytest.approx(2), pytest.approx(1))
 
 
 def test_a_step_counts_every_product_of_attention(capsys):
     """Four query heads share two key heads: of the seven products two are the forward pass's, and each is that of four heads."""
     config = type("Config", (), dict(profile=False, bench=1, batch_size=1))
-    timed = vqrae.bench(config, vqrae.Ranks("cpu"), torch.nn.Identity())
+    timed = vqrae.bench(config, vqrae.Ranks("cpu"), {})
     next(timed)
     q, k = (torch.randn(2, heads, 50, 16, requires_grad=True) for heads in (4, 2))
     F.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True).sum().backward()
@@ -1092,9 +1093,13 @@ def test_killed_at_twenty_random_steps(trained, tmp_path):
     print(f"\nkilled after steps {at}: bit-identical at the end")
 
 
-def test_bench_times_steps_and_saves_nothing(trained, tmp_path):
-    said = run("train_tokenizer.py", *WEE, "--out_dir", tmp_path, "--init_from", trained[0], "--stage", 2, "--bench", 2, "--profile")
-    assert re.search(r"[\d.]+ images/s, [\d.]+ ms a step of 4; a rank: [\d.e-]+ TFLOP a step", said) and "decoder.forward" in said
+def test_bench_times_steps_and_saves_nothing(trained, tmp_path, capsys):
+    bench = [*WEE, "--out_dir", str(tmp_path), "--init_from", str(trained[0]), "--stage", "2", "--bench", "2"]
+    said = run("train_tokenizer.py", *bench)
+    assert re.search(r"[\d.]+ images/s, [\d.]+ ms a step of 4; a rank: [\d.e-]+ TFLOP a step", said)
+    assert run_inside("train_tokenizer.py", *bench, "--disc_start", "0", "--profile") == "no error"
+    parts = capsys.readouterr().out
+    assert all(f"forward of {part}" in parts for part in ("encoder", "quantizer", "decoder", "teacher", "perceptual", "discriminator"))
     assert not list(tmp_path.glob("*.pt")) and not list(tmp_path.glob("tokenizer*"))
     flops = float(re.search(r"a rank: ([\d.e-]+) TFLOP", said)[1]) * 1e12
     weights = sum(p.numel() for p in vqrae.load_tokenizer(trained[0] / "tokenizer").parameters())
@@ -1149,7 +1154,7 @@ def test_folder_of_images_both_baselines(folder, tmp_path):
     results = json.loads((tmp_path / "eval.json").read_text())
     x, y = results[f"{tmp_path}/x/tokenizer"], results[f"{tmp_path}/y/tokenizer"]
     assert x["codebook_usage"] is None and 0 < y["codebook_usage"] <= 1 and x["num_images"] == 25
-    assert set(y["knn_top1"]) == {"teacher", "features", "tokens"} and set(x["knn_top1"]) == {"teacher", "features"}
+    assert all(set(r["knn_top1"]) == {"teacher", "features", "tokens"} for r in (x, y)) and x["knn_top1"]["tokens"] is None is not y["knn_top1"]["tokens"]
 
 
 def test_generator_end_to_end(trained):
@@ -1510,13 +1515,45 @@ def run_inside(script, *argv):
 
 
 def test_a_nan_stops_the_run_with_its_term_named(trained, tmp_path, monkeypatch):
-    for name, target in (("perceptual", (tt.PerceptualLoss, "forward", lambda *_: torch.tensor(math.nan, requires_grad=True))),
-                         ("distill", (tt, "distill_loss", lambda a, b: a.sum() * math.inf))):
+    nan, quantize = torch.tensor(math.nan, requires_grad=True), SimVQ.forward
+    for name, target in (("l2", (Decoder, "forward", lambda decoder, z: z.sum() * nan * torch.ones(len(z), 3, 32, 32))),
+                         ("quant", (SimVQ, "forward", lambda *a: (*quantize(*a)[:2], nan * 1))),
+                         ("perceptual", (tt.PerceptualLoss, "forward", lambda *_: nan * 1)), ("distill", (tt, "distill_loss", lambda a, b: a.sum() * math.inf)),
+                         ("adversarial", (Discriminator, "forward", lambda d, x: d.head[0].weight.sum() * nan * x[:, :1])),
+                         ("discriminator", (tt, "hinge_d_loss", lambda a, b: a.sum() * nan)), ("lecam", (tt, "lecam", lambda a, *_: a * nan))):
         with monkeypatch.context() as patch:
             patch.setattr(*target)
-            said = run_inside("train_tokenizer.py", *WEE, "--out_dir", str(tmp_path / name), "--init_from", str(trained[0]), "--stage", "2")
-        assert said.startswith(f"{name} is ") and "step 0" in said
+            said = run_inside("train_tokenizer.py", *WEE, "--out_dir", str(tmp_path / name), "--init_from", str(trained[0]), "--stage", "2", "--disc_start", "0")
+        assert said.startswith(f"{name} is ") and "step 0 (images 0 to 3)" in said, said
         assert not (tmp_path / name / "stage2.pt").exists()
+
+
+def test_a_rank_that_fails_ends_all_with_one_message(trained, tmp_path):
+    code = ("import sys, train_tokenizer as t, vqrae; ours = t.lr_factor\n"
+            "def fails(step, *a):\n    if step == 2 and vqrae.os.environ['RANK'] == '1': raise vqrae.UserError('the GPU melted')\n    return ours(step, *a)\n"
+            "t.lr_factor = fails; vqrae.command_line(t.main)")
+    (tmp_path / "breaks.py").write_text(code)
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "breaks.py", *WEE, "--init_from", trained[0], "--out_dir", tmp_path]
+    done = subprocess.run([*map(str, argv)], cwd=HERE, text=True, capture_output=True, timeout=120, env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(HERE)))
+    assert done.returncode and "error: the GPU melted" in done.stderr and "error: another rank failed" in done.stderr
+    assert "train_tokenizer.py\", line" not in done.stderr                   # no traceback of ours
+
+
+def test_a_tokenizer_is_written_or_said_not_to_be_and_read_whole_or_not(small, tmp_path):
+    if sys.platform != "linux": pytest.skip("limits a file's size as Linux does")
+    import resource
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+        with pytest.raises(UserError, match="cannot write"): vqrae.save_tokenizer(small, tmp_path / "tokenizer")
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    vqrae.save_tokenizer(small, tmp_path / "tokenizer")
+    torch.testing.assert_close(VQRAE.from_pretrained(str(tmp_path / "tokenizer")).state_dict(), small.state_dict())
+    state = vqrae.load_file(tmp_path / "tokenizer" / "model.safetensors")
+    del state["quantizer.codebook"]
+    vqrae.save_file(state, tmp_path / "tokenizer" / "model.safetensors")
+    with pytest.raises(Exception, match="codebook"): VQRAE.from_pretrained(str(tmp_path / "tokenizer"))
 
 
 def test_a_resumed_run_takes_the_new_rates(trained, tmp_path, monkeypatch):

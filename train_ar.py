@@ -223,11 +223,10 @@ def open_codes(source, part, config, tokenizer, which, ranks):
     if others and not config.overwrite_cache:
         what = f"other images, or another path to them, than {source}" if which in others[0].name else f"another tokenizer than {config.tokenizer}"
         raise UserError(f"{others[0]} was made with {what}: --overwrite_cache makes it anew, --out_dir keeps both")
-    fresh, partial = path.with_suffix(".fresh"), path.with_suffix(".partial")
+    partial = path.with_suffix(".partial")
     if ranks.first and (config.overwrite_cache or not partial.exists()):      # else a killed run's is gone on with
         codes = ("codes", "<u2" if tokenizer.config.codebook_size <= 1 << 16 else "<u4", tokenizer.config.num_tokens)
-        np.lib.format.open_memmap(fresh, "w+", [codes, ("text", "S1024"), ("done", "?")], (len(dataset),))    # longer captions are cut
-        fresh.replace(partial)
+        np.lib.format.open_memmap(partial, "w+", [codes, ("text", "S1024"), ("done", "?")], (len(dataset),))  # longer captions are cut
     ranks.wait()
     rows = np.load(partial, mmap_mode="r+")
     first, end = (len(rows) * (ranks.rank + i) // ranks.size for i in (0, 1))                                 # this rank's share
@@ -359,7 +358,7 @@ def load_mllm(out_dir, tokenizer_folder, device="cpu", dtype=torch.float32):
 class Generate:
     """Captions -> codes. The whole language model learns."""
     def __init__(self, config, ranks, folder):
-        self.config, self.device, self.folder = config, ranks.device, folder
+        self.config, self.device, self.folder, self.encoder = config, ranks.device, folder, None
         self.tokenizer, self.which = load_tokenizer(config.tokenizer, ranks.device), identity(config.tokenizer)
         if self.tokenizer.quantizer is None: raise UserError(f"{config.tokenizer} has no codes (quantizer none): train one with --quantizer simvq")
         if config.max_length < (least := self.tokenizer.config.num_tokens + 3):
@@ -456,21 +455,19 @@ class Understand:
         return iter(torch.utils.data.DataLoader(data, batch_sampler=parts, collate_fn=self.collate, num_workers=self.config.num_workers,
                                                 worker_init_fn=ignore_signals, generator=torch.Generator()))
 
-    def loss(self, net, ids, scored, images, right=None):
-        """Mean cross-entropy (nats) of the answers' tokens; appends to `right` which of them the model ranks first (S,)."""
-        logits, target = net(ids, scored, self.encoder(images)), ids[:, 1:][scored[:, 1:]]                   # (S, vocabulary), (S,)
-        if right is not None: right.append(logits.argmax(1) == target)
-        return F.cross_entropy(full(logits), target)
+    def loss(self, net, ids, scored, images):
+        """Mean cross-entropy (nats) of the answers' S tokens."""
+        return F.cross_entropy(full(net(ids, scored, self.encoder(images))), ids[:, 1:][scored[:, 1:]])      # (S, vocabulary), (S,)
 
     def validate(self, parts):
-        """Mean loss of the answers' tokens, and the share of them that the model ranks first."""
-        total, right = 0.0, []
+        """Mean loss of all answers' tokens; their share of right answers is eval.py's."""
+        sums = torch.zeros(2)
         for batch in self.stream(parts, val=True):
-            total += self.loss(self.net, *(t.to(self.device) for t in batch), right).item() * len(right[-1])
-        right = torch.cat(right)
+            tokens = batch[1][:, 1:].sum()
+            sums += torch.stack([self.loss(self.net, *(t.to(self.device) for t in batch)).cpu() * tokens, tokens])
         self.next = (next_command("train_ar.py", self.config, CARRIED, task="understand", phase="sft") if self.config.phase == "pretrain" else
                      next_command("eval.py", self.config, {"device"}, vqa=True, out_dir=self.config.out_dir, tokenizers=(self.config.tokenizer,)))
-        return dict(val_loss=total / len(right), val_accuracy=right.sum().item() / len(right))
+        return dict(val_loss=(sums[0] / sums[1]).item())
 
 def send(message, src_rank, group, device):
     """Send ZeRO's moments from one rank to all; the first saves them. Replaces torch's own function, which takes a minute a gigabyte."""
@@ -508,7 +505,7 @@ def train(config, ranks):
         if ranks.size > 1: optimizer.state.clear()                            # ZeRO's load keeps this rank's share twice
         del resumed                                                           # it holds as much as model and optimiser
     if config.checkpointing: task.lm.gradient_checkpointing_enable(dict(use_reentrant=False))
-    if config.compile: compile_parts(task.lm, getattr(task, "encoder", None))
+    if config.compile: compile_parts(task.lm, task.encoder)
     net = ranks.run(task.net)
     log = Log(out / f"log_{config.phase or 'ar'}.jsonl", first_step, ranks.first and not config.bench)
     starts = (step * config.batch_size + ranks.rank * local + i * micro for step in range(first_step, config.total_steps) for i in range(accumulate))
@@ -516,7 +513,7 @@ def train(config, ranks):
     amp, stop = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"), False
     bar = tqdm(range(first_step, config.total_steps + 1), config.phase or "generator", config.total_steps, initial=first_step, unit="step",
                disable=not ranks.first)                                       # the last round only validates and saves
-    if config.bench: stream, timed = itertools.repeat(next(stream)), bench(config, ranks, task.net)
+    if config.bench: stream, timed = itertools.repeat(next(stream)), bench(config, ranks, dict(lm=task.lm.base_model, teacher=task.encoder))
     else: ranks.begin(config.overwrite, path, *() if "phase" in config.given else [folder / "sft.pt"])   # both phases: --resume must find no old SFT
     for step in bar:
         if config.bench and next(timed): return
@@ -547,7 +544,7 @@ def train(config, ranks):
         grad_norm = nn.utils.clip_grad_norm_(learning, config.clip)
         means = ranks.sum(torch.stack([mean_loss, grad_norm, mean_loss.new_full((), ranks.stop_asked)])) / ranks.size
         loss, grad_norm, stop = means.tolist()                                # the step's one wait for the GPU; one rank asked to stop stops all
-        check_finite({"cross-entropy": loss, "gradient norm": grad_norm}, step)
+        check_finite({"cross-entropy": loss, "gradient norm": grad_norm}, f"{step} (images from {step * config.batch_size} on)")
         optimizer.step()
         optimizer.zero_grad()
         # ----------------------------------------------------------------------------------------------------------------
@@ -556,10 +553,9 @@ def train(config, ranks):
             log(step=step + 1, loss=loss, grad_norm=grad_norm, lr=config.lr * factor, images_per_s=rate)
             bar.set_postfix_str(f"loss {loss:.3f}, {rate:.0f} images/s")
     if ranks.first and last:
-        if config.phase != "pretrain":
-            task.lm.float().save_pretrained(folder)
-            task.text_tokenizer.save_pretrained(folder)
-        if config.phase == "sft": save_file(task.net.connector.state_dict(), folder / "connector.safetensors")
+        with explained(f"cannot write {folder}: free some space, then --resume"):
+            for part in (task.lm.float(), task.text_tokenizer) if config.phase != "pretrain" else (): part.save_pretrained(folder)
+            if config.phase == "sft": save_file(task.net.connector.state_dict(), folder / "connector.safetensors")
         report({what: f"{x:.3f}" for what, x in found.items()} | dict(parameters=f"{sum(p.numel() for p in task.net.parameters()) / 1e6:.2f} million",
                time=f"{(time.time() - start) / 60:.1f} minutes", pictures="" if config.phase else out / "samples.png", model=folder))
         print(f"\nNext: {task.next}")

@@ -27,8 +27,8 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from vqrae import (VQRAE, Discriminator, Encoder, Log, PerceptualLoss, Ranks, UserError, VQRAEConfig, bench, check_finite, check_run,
-                   check_same, code_usage, command_line, compile_parts, distill_loss, explained, full, hinge_d_loss, ignore_signals, lecam,
-                   load_checkpoint, load_encoder_weights, lr_factor, next_command, open_run, parse_config, print_config, psnr, report, resize,
+                   check_same, command_line, compile_parts, distill_loss, explained, full, hinge_d_loss, ignore_signals, lecam,
+                   load_checkpoint, load_encoder_weights, lr_factor, next_command, open_run, parse_config, print_config, report, resize,
                    save_checkpoint, save_tokenizer, split_batch, uniform)
 
 # ---- Configuration. Defaults: stage 1 of SigLIP2-so400m 256. Sources: [T7] the paper's Table 7, [TiTok] inherited from the code it adapts, [ours].
@@ -119,7 +119,7 @@ def decode(data):
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":                       # 16 bits, or floats: to eight
         values = np.asarray(image, np.float32)
-        scale = 1 / 257 if values.max() > 255 else 255 if image.mode == "F" and values.max() <= 1 else 1
+        scale = 1 / 257 if values.max() > 255 or image.mode.startswith("I;16") else 255 if image.mode == "F" and values.max() <= 1 else 1
         return Image.fromarray((values * scale).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data: image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
@@ -214,7 +214,7 @@ class Shards:
                     stem, suffix = os.path.splitext(m.name)
                     members.setdefault(stem, {})[suffix.lower()] = (m.offset_data, m.size)
         except (OSError, tarfile.TarError) as problem:
-            error = f"; {self.paths[shard]}: {problem}"
+            error = f"; {self.paths[shard]}: {str(problem).partition(chr(10))[0]}"
         rows = [(shard, *image, *parts.get(".txt", (0, 0)), stem.encode("utf-8", "surrogateescape")) for stem, parts in members.items()
                 if (image := next((parts[s] for s in sorted(IMAGE_SUFFIXES & parts.keys())), None))]
         longest = max([1, *(len(row[-1]) for row in rows)])
@@ -343,8 +343,17 @@ def start_bottleneck(model, config, dataset, ranks):
             Z_I.append(model.encode(batch["image"]).flatten(0, 1))                            # (B N, d)
             pixels.append(F.unfold(batch["image"], p, stride=p).transpose(1, 2).unflatten(2, (3, -1)).flatten(0, 1))      # (B N, 3, p p)
         model.start_on(torch.cat(Z_I), torch.cat(pixels))
-    if ranks.size > 1:
-        for tensor in model.state_dict().values(): torch.distributed.broadcast(tensor, 0)
+    for tensor in model.state_dict().values() if ranks.size > 1 else (): torch.distributed.broadcast(tensor, 0)
+
+def as_file(images): return (full(images).clamp(0, 1) * 255).round() / 255    # to 8 bits, as a picture file holds them; still in [0, 1]
+def psnr(x, y):
+    """(B, 3, H, W) in [0, 1], both rounded to 8 bits -> (B,) dB."""
+    return -10 * (as_file(x) - as_file(y)).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
+
+def code_usage(counts):
+    """How often each code was used (k,) -> share of codes in use, effective number of codes, entropy of a token in bits."""
+    entropy = torch.special.entr(counts / counts.sum().clamp(min=1)).sum()
+    return (counts > 0).float().mean().item(), entropy.exp().item(), entropy.item() / math.log(2)
 
 @torch.no_grad()
 def validate(model, dataset, config, device, path):
@@ -369,10 +378,11 @@ def train(config, model_config, ranks):
         data = None if config.data == "shapes" else Images(config.data, size, config.seed, random_crop=config.random_crop, folder=out,
                                                            random_flip=config.random_flip, part="train" if hold_out else "all")
         val_data = None if val_source == "shapes" else Images(val_source, size, train=False, part="val" if hold_out else "all", folder=out)
+    perceptual = PerceptualLoss(config.perceptual, config.lpips_weights, config.convnext_weights) if config.perceptual != "none" else None
     torch.manual_seed(config.seed)
     model, teacher = starting_point(config, model_config, ranks, resumed)
+    if perceptual: perceptual.vfm = teacher
     torch.manual_seed(config.seed)                                            # the same from here on, whether stage 0 ran just now or not
-    perceptual = PerceptualLoss(config.perceptual, config.lpips_weights, config.convnext_weights, teacher) if config.perceptual != "none" else None
     discriminator = Discriminator(config.disc_width) if config.disc_start >= 0 else None
     if config.disc_start >= config.total_steps: ranks.say(f"note: --disc_start {config.disc_start} is after the last step: no discriminator")
     frozen, dtype = config.encoder_lr == 0, torch.float64 if config.precision == "float64" else None
@@ -407,7 +417,8 @@ def train(config, model_config, ranks):
     weights = dict(l2=config.l2_weight, perceptual=config.perceptual_weight, quant=1.0, distill=config.distill_weight, adversarial=config.disc_weight)
     amp, loss_amp = (torch.autocast(device.type, torch.bfloat16, enabled=kind == "bf16") for kind in (config.precision, config.loss_precision))
     stop, warned, floor = False, False, config.end_lr / config.lr
-    if config.bench: stream, timed = itertools.repeat(next(stream)), bench(config, ranks, model)
+    called = dict(model.named_children(), teacher=teacher, perceptual=perceptual, discriminator=discriminator)
+    if config.bench: stream, timed = itertools.repeat(next(stream)), bench(config, ranks, called)
     else: ranks.begin(config.overwrite, path)                                 # from here on Ctrl-C lets the step end, then saves
     for step in bar:
         if config.bench and next(timed): return
@@ -461,12 +472,11 @@ def train(config, model_config, ranks):
         if adversarial: logged["disc_grad_norm"] = nn.utils.clip_grad_norm_(discriminator.parameters(), config.clip)
         means = ranks.sum(torch.stack([*logged.values()])) / ranks.size
         logged = dict(zip(logged, means.tolist()))                            # the step's one wait for the GPU
-        check_finite(logged, step)
+        check_finite(logged, f"{step} (images {step * config.batch_size} to {(step + 1) * config.batch_size - 1})")
         stop = logged.pop("stop") > 0                                         # asked of any rank: all save the same step
         optimizer.step()
         optimizer.zero_grad()
-        decay = min(config.ema_decay, (1 + step) / (10 + step))
-        get_ema_multi_avg_fn(decay)(averaged, learned, None)                  # decay * ema + (1 - decay) * model, all weights in one call
+        get_ema_multi_avg_fn(min(config.ema_decay, (1 + step) / (10 + step)))(averaged, learned, None)        # all weights in one call
         # ----------------------------------------------------------------------------------------------------------------
         if (step + 1) % config.log_every == 0:
             (usage, perplexity, _), counts = code_usage(ranks.sum(counts)), torch.zeros_like(counts)
@@ -501,7 +511,7 @@ def main():
     if ranks.first: print_config(origin, config, model_config)
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
     if config.stage > 0: return train(config, model_config, ranks)
-    if config.bench: raise UserError("--bench times stages 1 and 2")
+    if config.bench or config.resume: raise UserError("--bench times stages 1 and 2, and --resume goes on with them; stage 0 is soon done again")
     if model_config.encoder_weights != "stage0": raise UserError(f"stage 0 is for encoder_weights stage0, not {model_config.encoder_weights}")
     path = Path(config.out_dir) / "stage0.pt"
     if path.exists() and not config.overwrite: raise UserError(f"{path} exists: --overwrite makes it anew")

@@ -253,7 +253,7 @@ class Output(NamedTuple):
 
 class VQRAE(nn.Module, PyTorchModelHubMixin):
     """The tokenizer. Images are (B, 3, h, w) float in [0, 1], RGB, h = w = config.image_size; tokens (B, N) int64.
-    `VQRAE(config)` has random weights; `VQRAE.from_pretrained(folder, strict=True)` reads what a script here saved."""
+    `VQRAE(config)` has random weights; `VQRAE.from_pretrained(folder)` reads what a script here saved."""
     def __init__(self, config: VQRAEConfig):
         super().__init__()
         self.config = config
@@ -263,6 +263,10 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         self.quantizer = SimVQ(config.codebook_size, config.codebook_dim, config.beta) if config.quantizer == "simvq" else None
         self.from_code = nn.Linear(config.codebook_dim, config.dim)
         self.decoder = Decoder(config)
+
+    @classmethod
+    def from_pretrained(cls, *folder, strict=True, **how):                    # by the mixin's default what a file lacks stays random, in silence
+        return super().from_pretrained(*folder, strict=strict, **how)
 
     def encode(self, images): return self.encoder(images)                     # X (B, 3, h, w) -> Z_I (B, N, d)
 
@@ -390,23 +394,14 @@ def lecam(real_mean, fake_mean, ema_real, ema_fake):
     """LeCAM (Tseng et al. 2021) as in TiTok: pulls the mean logits of a (micro-)batch towards the other side's running mean. All scalars."""
     return F.relu(real_mean - ema_fake).square() + F.relu(ema_real - fake_mean).square()
 
-def as_file(images): return (full(images).clamp(0, 1) * 255).round() / 255    # to 8 bits, as a picture file holds them; still in [0, 1]
-def psnr(x, y):
-    """(B, 3, H, W) in [0, 1], both rounded to 8 bits -> (B,) dB."""
-    return -10 * (as_file(x) - as_file(y)).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
-
-def code_usage(counts):
-    """How often each code was used (k,) -> share of codes in use, effective number of codes, entropy of a token in bits."""
-    entropy = torch.special.entr(counts / counts.sum().clamp(min=1)).sum()
-    return (counts > 0).float().mean().item(), entropy.exp().item(), entropy.item() / math.log(2)
-
 # ---- Files ----------------------------------------------------------------------------------------------------------
 def save_tokenizer(model, folder, teacher=None):
     """`folder`/config.json and model.safetensors, and teacher.safetensors of a `teacher` that no hub has; complete or not at all."""
     partial = Path(f"{Path(folder)}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    if teacher: save_file({key: value.contiguous() for key, value in teacher.vit.state_dict().items()}, partial / "teacher.safetensors")
+    with explained(f"cannot write {folder}: free some space, then --resume"):
+        model.save_pretrained(partial)
+        if teacher: save_file({key: value.contiguous() for key, value in teacher.vit.state_dict().items()}, partial / "teacher.safetensors")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
@@ -415,7 +410,7 @@ def load_tokenizer(folder, device="cpu"):
     if not all(Path(folder, name).is_file() for name in ("config.json", "model.safetensors")):
         raise UserError(f"{folder} is not a tokenizer folder (config.json, model.safetensors): train_tokenizer.py makes one, same --config")
     with explained(f"{folder} cannot be read as a tokenizer"), contextlib.redirect_stdout(io.StringIO()):      # the mixin announces what it does
-        return VQRAE.from_pretrained(str(folder), strict=True).to(device).eval()
+        return VQRAE.from_pretrained(str(folder)).to(device).eval()
 
 def load_teacher(folder, config):
     """The frozen VFM that the tokenizer in `folder` began from, from the file beside it or the recorded source."""
@@ -558,27 +553,25 @@ class Log:
 
     def __call__(self, **values): print(json.dumps(values), file=self.file)
 
-def bench(config, ranks, network):
+def bench(config, ranks, parts):
     """--bench N: how fast is a step? A generator to ask as each step begins: False, until N of them have been timed; then it prints
     what they took. The first is counted, uncompiled, by torch's FlopCounterMode, attention as it is written here; two more warm up."""
     cuda, table = ranks.device.type == "cuda", config.profile and torch.profiler.profile()
-    for name, part in network.named_children() if table else ():              # forward passes under the names of the parts that are called
-        part.forward = torch.profiler.record_function(f"{name}.forward")(part.forward)
+    for name, part in parts.items() if table else ():                         # {name: network or None} that are called: to name their forward passes
+        if part: part.forward = torch.profiler.record_function(f"forward of {name}")(part.forward)
     aten, product, attention = torch.ops.aten, lambda q, k: 2 * math.prod(q) * k[2], {}       # FLOP of q k^T, as of each other product
     for kind in ("flash_attention", "cudnn_attention", "efficient_attention", "flash_attention_for_cpu"):     # 2.11 knows no shared keys
         attention[getattr(aten, f"_scaled_dot_product_{kind}")] = lambda q, k, *_, **__: 2 * product(q, k)
         attention[getattr(aten, f"_scaled_dot_product_{kind}_backward")] = lambda _, q, k, *__, **___: 5 * product(q, k)
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False, custom_mapping=attention) as counter: yield False
     yield from [False, False]                                                 # the warm-up
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
+    if cuda: torch.cuda.synchronize(), torch.cuda.reset_peak_memory_stats()
     with table or contextlib.nullcontext():
         start = time.time()
         yield from [False] * config.bench
         if cuda: torch.cuda.synchronize()
         seconds = (time.time() - start) / config.bench
-    if table: ranks.say(table.key_averages().table(sort_by=f"self_{'cuda' if cuda else 'cpu'}_time_total", row_limit=20))
+    if table: ranks.say(table.key_averages().table(sort_by=f"{'cuda' if cuda else 'cpu'}_time_total", row_limit=40))
     flops, chip = counter.get_total_flops(), torch.cuda.get_device_name() if cuda else ranks.device.type
     peaks = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12}      # FLOP a second, dense, by NVIDIA's data sheets
     share = next((f" ({flops / seconds / peak:.1%} of its bf16 peak)" for name, peak in peaks.items() if name in chip), "")
@@ -620,10 +613,9 @@ def next_command(script, config, keep=None, **more):
     """The command to type next: `script`, a training as this run was started, with this run's flags (None: all) in `keep`, and `more`."""
     how = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if "RANK" in os.environ and "train" in Path(script).name else "python"
     flags = {name: value for name, value in config.given.items() if (name != "overwrite" if keep is None else name in keep)} | more
-    script = str(Path(sys.argv[0]).with_name(Path(script).name))              # as it was typed
     words = [(f"--{name}",) if value is True else (f"--no-{name}",) if value is False else value if isinstance(value, tuple) else
              (f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)) for name, value in flags.items()]
-    return f"{how} {shlex.join([script, *(word for pair in words for word in pair)])}"
+    return f"{how} {shlex.join([str(Path(sys.argv[0]).with_name(Path(script).name)), *(word for pair in words for word in pair)])}"
 
 def check_finite(losses, step, remedy="what was saved is whole; try a lower --lr, more --warmup_steps, or --precision float32, then --resume"):
     for name, value in losses.items():                                        # the first NaN or infinite one is named
@@ -638,8 +630,10 @@ def command_line(main):
         return
     except (UserError, OSError) as error:                 # a loader's worker wraps it in a traceback
         text = f"error: {str(error).rpartition('UserError: ')[2].strip()}"
-    except torch.OutOfMemoryError as error:
-        text = f"error: out of GPU memory, try a smaller --micro_batch or --batch_size: {str(error).splitlines()[0][:90]}"
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError): text = "error: out of GPU memory, try a smaller --micro_batch or --batch_size"
+        elif dist.is_initialized() and re.search("gloo|nccl|peer", str(error), re.I): text = "error: another rank failed: killed, or it says why"
+        else: raise
     except KeyboardInterrupt:
         text = "interrupted: what was written before is whole"
     if os.environ.get("RANK", "0") != "0":                # rank 0 most often has the same to say: let it, and be ended by torchrun
