@@ -168,8 +168,7 @@ def read_jobs(config):
     each = config.num_images or (4 if config.geneval or config.dpg else 1)
     seeds = lambda prompt: [zlib.crc32(f"{config.seed + j} {prompt}".encode()) for j in range(each)]     # no two captions share chance
     read = lambda file: [line.rstrip("\n") for line in open(file, encoding="utf-8-sig", errors="replace")]
-    out = Path(config.out or f"{config.out_dir}/{'geneval' if config.geneval else 'dpg' if config.dpg else 'samples'}")
-    jobs = []
+    out, jobs = Path(config.out or f"{config.out_dir}/{'geneval' if config.geneval else 'dpg' if config.dpg else 'samples'}"), []
     if config.geneval:                            # OUT/00003/metadata.jsonl, OUT/00003/samples/00000.png, ...
         for i, line in enumerate(read(config.geneval)):
             where = f"{config.geneval}, line {i + 1}"
@@ -219,9 +218,10 @@ def main():
     if config.bench:
         for _ in range(2):                                                    # the first compiles and warms up
             start = time.time()
-            codes = draw([jobs[0].prompt] * config.batch_size, range(config.batch_size)).cpu()
-        seconds = time.time() - start
-        return ranks.say(f"{codes.numel() / seconds:.0f} codes/s, {seconds / codes.shape[1] * 1e3:.2f} ms a step of {len(codes)} pictures")
+            codes = draw([jobs[0].prompt] * config.batch_size, range(config.batch_size))
+            codes.cpu()                                                       # waits for the GPU
+        seconds, memory = time.time() - start, f", at most {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if codes.is_cuda else ""
+        return ranks.say(f"{codes.numel() / seconds:.0f} codes/s, {seconds / codes.shape[1] * 1e3:.2f} ms a step of {len(codes)} pictures{memory}")
     ranks.say(f"{len(jobs)} pictures or grids in {out}, {len(jobs) - len(todo)} of them there already")
     todo = [(job, seed) for job in todo[ranks.rank::ranks.size] for seed in job.seeds]
     bar = tqdm(total=len(todo) * visual["tokens"], desc="sampling", unit="code", disable=not ranks.first)

@@ -457,8 +457,10 @@ def resolved(*argv):
     ("internvit_448", 2, dict(batch_size=768, total_steps=60_000, disc_start=30_000, lr=1e-4, encoder_lr=1e-5))])
 def test_presets_are_table_7(config, stage, want):
     train, model, _ = resolved("--config", config, "--stage", str(stage))
-    same = dict(warmup_steps=2000, beta1=0.9, beta2=0.999, weight_decay=1e-4, clip=1.0, precision="bf16", perceptual="lpips_convnext",
-                disc_weight=0.1, disc_lr=4e-5, random_crop=True, random_flip=True, codebook_size=16384, codebook_dim=1536, beta=0.25)
+    same = dict(warmup_steps=2000, beta1=0.9, beta2=0.999, weight_decay=1e-4, clip=1.0, precision="bf16", perceptual="lpips_convnext", perceptual_weight=1.0,
+                disc_weight=0.1, disc_lr=4e-5, random_crop=True, random_flip=True, codebook_size=16384, codebook_dim=1536, beta=0.25,
+                **(dict(lr=4e-4, end_lr=1e-4, encoder_lr=0.0, distill_weight=0.0, disc_start=-1) if stage == 1 else
+                   dict(lr=1e-4, end_lr=1e-5, encoder_lr=1e-5, distill_weight=1.0)))
     values = asdict(train) | asdict(model)
     assert {key: values[key] for key in same | want} == same | want
 
