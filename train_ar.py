@@ -199,7 +199,7 @@ class PictureLM(nn.Module):
 def load_generator(out_dir, tokenizer_folder="", device="cpu", dtype=torch.float32):
     """-> language model, its text tokenizer, and the VQRAE tokenizer whose codes it writes, checked to belong together."""
     folder, tokenizer_folder = Path(out_dir) / "ar", Path(tokenizer_folder or f"{out_dir}/tokenizer")
-    if not (folder / "config.json").is_file(): raise UserError(f"no generator in {folder}: train_ar.py makes one, --resume ends a stopped one")
+    if not (folder / "config.json").is_file(): raise UserError(f"no generator in {folder}: train_ar.py makes one, --resume finishes one")
     tokenizer = load_tokenizer(tokenizer_folder, device)
     lm, text_tokenizer = read_lm(folder, f"{folder} cannot be read as a generator: train_ar.py --resume writes it anew", dtype, local_files_only=True)
     check_same(getattr(lm.config, "visual", {}), dict(tokenizer=identity(tokenizer_folder)), f"{folder} learned other codes: pass their --tokenizer")

@@ -511,7 +511,7 @@ def main():
     if ranks.first: print_config(origin, config, model_config)
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
     if config.stage > 0: return train(config, model_config, ranks)
-    if config.bench or config.resume: raise UserError("--bench times stages 1 and 2, and --resume goes on with them; stage 0 is soon done again")
+    if config.bench or config.resume: raise UserError("--bench and --resume are for stages 1 and 2: stage 0 takes a minute, and starts over")
     if model_config.encoder_weights != "stage0": raise UserError(f"stage 0 is for encoder_weights stage0, not {model_config.encoder_weights}")
     path = Path(config.out_dir) / "stage0.pt"
     if path.exists() and not config.overwrite: raise UserError(f"{path} exists: --overwrite makes it anew")
