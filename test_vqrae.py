@@ -789,14 +789,16 @@ def test_codebook_statistics():
 
 
 def test_a_step_counts_every_product_of_attention(capsys):
-    """Four query heads share two key heads: of the seven products two are the forward pass's, and each is that of four heads."""
+    """Four query heads share two key heads: of the seven products two are the forward pass's, and each is that of four heads. Where there is no
+    fused kernel for shared keys (torch 2.8 on a CPU) the scores are kept, and the backward pass has one product less."""
     config = type("Config", (), dict(profile=False, bench=1, batch_size=1))
     timed = vqrae.bench(config, vqrae.Ranks("cpu"), {})
     next(timed)
     q, k = (torch.randn(2, heads, 50, 16, requires_grad=True) for heads in (4, 2))
     F.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True).sum().backward()
     assert True in timed
-    assert f"{7 * 2 * (2 * 4) * 50 * 50 * 16 / 1e12:.3g} TFLOP" in capsys.readouterr().out
+    products = 6 if torch.__version__ < "2.9" else 7
+    assert f"{products * 2 * (2 * 4) * 50 * 50 * 16 / 1e12:.3g} TFLOP" in capsys.readouterr().out
 
 
 def test_what_is_compiled():
