@@ -23,7 +23,7 @@ from train_ar import identity, load_generator, load_mllm, questions
 from train_tokenizer import (ATLAS, EXTENT, HELD_OUT, PALETTE, SHAPES, SIDE, TASKS, VALIDATION, WINDOW, Images, Scene, as_file, batches, captions,
                              code_usage, masks, plan, psnr, render)
 from vqrae import (Ranks, SimVQ, UserError, build_lpips, check_least, command_line, explained, load_checkpoint, load_teacher, load_tokenizer,
-                   nearest, parse_config, print_config, resize)
+                   nearest, parse_config, print_config, read_log, resize)
 
 @dataclass
 class EvalConfig:
@@ -156,7 +156,7 @@ def probe(train, train_labels, test, test_labels, steps=100, decay=1e-3):
 @torch.no_grad()
 def semantics(model, teacher, dataset, total, config, device):
     """kNN and probe accuracy of teacher, Z_I and Z_q. Even images to fit, odd to test. Shapes: one-object pictures, 48 shape-colour classes."""
-    rows, labels, small = {}, [], []
+    rows, labels, small = dict(features=[], teacher=[], tokens=[]), [], []
     scenes = (plan(part + 2 * VALIDATION, task=0) for part in torch.arange(total).split(config.batch_size))
     singles = (dict(image=render(s), label=(s.shape[:, 0] * 8 + s.color[:, 0]).tolist()) for s in scenes)
     for batch in singles if dataset is None else batches(dataset, model.config.image_size, range(total), config.batch_size, config.num_workers):
@@ -164,10 +164,10 @@ def semantics(model, teacher, dataset, total, config, device):
         result = model(images)
         found = dict(features=result.Z_I, teacher=teacher and teacher(images), tokens=model.quantizer and model.quantizer.lookup(result.indices))
         for name, z in found.items():
-            if z is not None: rows.setdefault(name, []).append(z.mean(1).float().cpu())                        # (B, N, d) -> (B, d)
+            if z is not None: rows[name].append(z.mean(1).float().cpu())                        # (B, N, d) -> (B, d)
         labels += batch["label"]
         if len(labels) <= 4096 + len(images): small.append((resize(images, 64) * 255).round().byte().cpu())
-    rows = {name: torch.cat(z) for name, z in rows.items()}                   # (total, d)
+    rows = {name: torch.cat(z) if z else None for name, z in rows.items()}    # (total, d)
     if model.quantizer and len(labels) >= 8:                                  # one image a cluster at least
         draw_clusters((rows["features"], rows["tokens"]), torch.cat(small), Path(config.out_dir) / "clusters.png")
     classes = {label: i for i, label in enumerate(sorted(set(labels)))}
@@ -175,7 +175,7 @@ def semantics(model, teacher, dataset, total, config, device):
         return dict(knn_top1=None, probe_top1=None), dict(semantics=f"{config.data}: needs 2 classes (folders, or label in metadata.jsonl), 4 images")
     labels = torch.tensor([classes[label] for label in labels])
     with torch.enable_grad():
-        return {key: {name: z if z is None else f(z[::2], labels[::2], z[1::2], labels[1::2]) for name, z in (dict.fromkeys(found) | rows).items()}
+        return {key: {name: z if z is None else f(z[::2], labels[::2], z[1::2], labels[1::2]) for name, z in rows.items()}
                 for key, f in (("knn_top1", knn), ("probe_top1", probe))}, {}
 
 def draw_clusters(rows, images, path, k=8, across=8):
@@ -337,7 +337,7 @@ def evaluate(folder, config, ranks):
 def draw_curves(out):
     """Loss, PSNR and codebook usage over steps, from every log_*.jsonl of the run -> curves.png."""
     with explained("--curves needs matplotlib: pip install matplotlib", ImportError): import matplotlib.pyplot as plt
-    logs = {path.stem[4:]: [json.loads(line) for line in path.open() if line.endswith("}\n")] for path in sorted(out.glob("log_*.jsonl"))}
+    logs = {path.stem[4:]: read_log(path) for path in sorted(out.glob("log_*.jsonl"))}
     if not logs: raise UserError(f"no log_*.jsonl in {out}: --out_dir names the run")
     _, axes = plt.subplots(1, 3, figsize=(15, 4))
     for axis, keys in zip(axes, (("loss", "val_loss"), ("val_psnr",), ("codebook_usage", "val_codebook_usage"))):
@@ -366,10 +366,12 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     if config.curves: return draw_curves(out)
     if config.generation and not ranks.first: return
-    score, folders = generation if config.generation else vqa if config.vqa else evaluate, config.tokenizers or [f"{config.out_dir}/tokenizer"]
+    score = generation if config.generation else vqa if config.vqa else evaluate
+    folders = config.tokenizers or [f"{config.out_dir}/tokenizer"]
     for folder in folders[1:]: load_tokenizer(folder)                         # or the first's hour would be lost
-    results = {folder: score(folder, config, ranks) | dict(tokenizer=identity(folder)) for folder in folders}
+    results = {folder: score(folder, config, ranks) for folder in folders}
     if ranks.first:
+        for folder in folders: results[folder]["tokenizer"] = identity(folder)
         path, result = out / ("vqa.json" if config.vqa else "eval.json"), results if len(results) > 1 else results[folders[0]]
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):          # a tokenizer's scores and its generator's stand side by side
             if (before := json.loads(path.read_text()))["tokenizer"] == result["tokenizer"]:

@@ -461,13 +461,10 @@ class Understand:
 
     def validate(self, parts):
         """Mean loss of all answers' tokens; their share of right answers is eval.py's."""
-        sums = torch.zeros(2)
-        for batch in self.stream(parts, val=True):
-            tokens = batch[1][:, 1:].sum()
-            sums += torch.stack([self.loss(self.net, *(t.to(self.device) for t in batch)).cpu() * tokens, tokens])
+        losses = [(self.loss(self.net, *(t.to(self.device) for t in batch)), batch[1][:, 1:].sum()) for batch in self.stream(parts, val=True)]
         self.next = (next_command("train_ar.py", self.config, CARRIED, task="understand", phase="sft") if self.config.phase == "pretrain" else
                      next_command("eval.py", self.config, {"device"}, vqa=True, out_dir=self.config.out_dir, tokenizers=(self.config.tokenizer,)))
-        return dict(val_loss=(sums[0] / sums[1]).item())
+        return dict(val_loss=(sum(loss * n for loss, n in losses) / sum(n for _, n in losses)).item())
 
 def send(message, src_rank, group, device):
     """Send ZeRO's moments from one rank to all; the first saves them. Replaces torch's own function, which takes a minute a gigabyte."""

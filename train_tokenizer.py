@@ -343,7 +343,8 @@ def start_bottleneck(model, config, dataset, ranks):
             Z_I.append(model.encode(batch["image"]).flatten(0, 1))                            # (B N, d)
             pixels.append(F.unfold(batch["image"], p, stride=p).transpose(1, 2).unflatten(2, (3, -1)).flatten(0, 1))      # (B N, 3, p p)
         model.start_on(torch.cat(Z_I), torch.cat(pixels))
-    for tensor in model.state_dict().values() if ranks.size > 1 else (): torch.distributed.broadcast(tensor, 0)
+    started = nn.ModuleList(filter(None, (model.to_code, model.quantizer)))
+    for tensor in started.state_dict().values() if ranks.size > 1 else (): torch.distributed.broadcast(tensor, 0)
 
 def as_file(images): return (full(images).clamp(0, 1) * 255).round() / 255    # to 8 bits, as a picture file holds them; still in [0, 1]
 def psnr(x, y):
@@ -394,7 +395,7 @@ def train(config, model_config, ranks):
     averaged, learned = zip(*((e, p) for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad))     # what is frozen stays bit for bit
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = config.tf32
-    for part in (model.encoder, model.decoder): part.vit.set_grad_checkpointing(config.checkpointing)
+    for part in (model.decoder,) if frozen else (model.encoder, model.decoder): part.vit.set_grad_checkpointing(config.checkpointing)
     if config.compile: compile_parts(model, teacher, perceptual, discriminator)
     optimizer = torch.optim.AdamW([*parameter_groups(model, discriminator, config)], betas=(config.beta1, config.beta2), fused=device.type != "mps")
     parts = dict(model=model, ema=ema, optimizer=optimizer, discriminator=discriminator)

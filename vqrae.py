@@ -489,6 +489,7 @@ def parse_config(cls, presets={}, model_class=None, argv=None):
     config.given = given                                                      # for next_command
     return config, model_class and make(model_class), origin
 
+def read_log(path): return [json.loads(line) for line in path.open() if line.endswith("}\n")]     # but for a last line that was cut
 def report(rows): print("\n" + "\n".join(f"  {what:24}{value}" for what, value in rows.items() if value))        # at a run's end; empty rows left out
 def print_config(origin, *configs):
     for name, value in (pair for c in configs for pair in dataclasses.asdict(c).items()): print(f"  {name:18} {str(value):44} {origin[name]}")
@@ -546,10 +547,9 @@ class Ranks:
 class Log:
     """log_*.jsonl: one object a line. A resumed run cuts what a killed one wrote past its last checkpoint."""
     def __init__(self, path, step, enabled):
-        lines = path.read_text().splitlines(True) if enabled and step and path.exists() else []
-        lines = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+        rows = read_log(path) if enabled and step and path.exists() else []   # before the file is opened anew
         self.file = open(path, "w", buffering=1) if enabled else io.StringIO()
-        self.file.writelines(lines)
+        for row in (row for row in rows if row["step"] <= step): self(**row)
 
     def __call__(self, **values): print(json.dumps(values), file=self.file)
 
