@@ -89,7 +89,7 @@ def reconstruction(model, nets, dataset, positions, config, ranks):
     """One pass over the images -> the metrics, and the codes' counts (k,). nets: lpips, rfid and teacher, those there are; what needs
     another is left out. positions: this rank's share."""
     native, size = model.config.image_size, config.size or model.config.output_size
-    features = collections.Counter()                                          # moments of (metric, side)
+    features = collections.defaultdict(float)                                 # moments of (metric, side)
     sums, objects = collections.Counter(), torch.zeros(5, dtype=torch.float64)
     counts = torch.zeros(model.config.codebook_size, dtype=torch.float64)
     for batch in tqdm(batches(dataset, native, positions, config.batch_size, config.num_workers, ranks.device),
@@ -281,7 +281,7 @@ def generation(folder, config, ranks):
 def vqa(folder, config, ranks):
     """-> PSNR, and share of right answers by kind of question, from teacher, Z_I (features) and Z_bot (tokens: features after quantisation)."""
     mllm, text_tokenizer, model = load_mllm(config.out_dir, folder, ranks.device)
-    index, rows, psnrs = torch.arange(config.num_images) + VALIDATION, [], []
+    index, answers, psnrs = torch.arange(config.num_images) + VALIDATION, collections.defaultdict(list), []
     teacher = load_teacher(folder, model.config).to(ranks.device)
     for part in tqdm(index.split(config.batch_size), desc="ask"):
         scene = plan(part)
@@ -291,15 +291,15 @@ def vqa(folder, config, ranks):
         features = dict(teacher=teacher(images), features=result.Z_I)
         if result.indices is not None: features["tokens"] = model.from_code(model.quantizer.lookup(result.indices))
         asked = [(i, question, *known) for i, them in enumerate(questions(part, scene)) for question, known in them.items()]
-        which, texts, kinds, truths = zip(*asked)
-        said = {name: answer(mllm, text_tokenizer, z[list(which)], texts, 4) for name, z in features.items()}
-        rows += zip(kinds, truths, *said.values())
-    kinds, truths, *said = zip(*rows)
+        for name, z in features.items():
+            said = answer(mllm, text_tokenizer, z[[row[0] for row in asked]], [row[1] for row in asked], 4)
+            answers[name] += [(kind, truth, text) for (_, _, kind, truth), text in zip(asked, said)]
     result = dict(psnr=torch.cat(psnrs).mean().item())
-    for name, texts in zip(features, said):
-        right = {kind: [a == b for k, a, b in zip(kinds, truths, texts) if kind in (k, "overall")] for kind in (*sorted(set(kinds)), "overall")}
-        result[f"vqa_{name}"] = {kind: sum(r) / len(r) for kind, r in right.items()}
-        yes = [(a == "yes", b != "no") for k, a, b in zip(kinds, truths, texts) if k == "presence"]     # (true, said)
+    for name, rows in answers.items():
+        kinds = {kind: [truth == text for k, truth, text in rows if k == kind] for kind in sorted({k for k, _, _ in rows})}
+        kinds["overall"] = sum(kinds.values(), [])
+        result[f"vqa_{name}"] = {kind: sum(right) / len(right) for kind, right in kinds.items()}
+        yes = [(truth == "yes", text != "no") for kind, truth, text in rows if kind == "presence"]      # (true, said)
         both, true, claimed = yes.count((True, True)), sum(a for a, _ in yes), sum(b for _, b in yes)
         result[f"pope_{name}"] = dict(accuracy=sum(a == b for a, b in yes) / len(yes), precision=both / max(1, claimed),
                                       recall=both / max(1, true), f1=2 * both / max(1, true + claimed))
@@ -312,7 +312,7 @@ def evaluate(folder, config, ranks):
     dataset, first, total = None, VALIDATION, config.num_images
     if config.data != "shapes":
         first, size = 0, max(config.size, model.config.image_size, model.config.output_size)
-        with ranks.first_alone(): dataset = Images(config.data, size, train=False, part=config.part, folder=config.out_dir)
+        with ranks.first_alone(): dataset = Images(config.data, size, in_order=True, part=config.part, folder=config.out_dir)
         total = min(total, len(dataset))
         dataset.chosen = dataset.chosen[[i * len(dataset) // total for i in range(total)]]
     if total < max(2, ranks.size): raise UserError(f"{total} images are too few on {ranks.size} ranks: give at least {max(2, ranks.size)}")
@@ -327,8 +327,7 @@ def evaluate(folder, config, ranks):
     keys = "psnr ssim ssim_dr2 lpips rfid fd_vfm codebook_usage codebook_perplexity token_entropy_bits cosine_to_teacher"
     result = dict.fromkeys(keys.split()) | metrics
     if model.quantizer:
-        result |= zip(("codebook_usage", "codebook_perplexity", "token_entropy_bits"), code_usage(counts))
-        result["dead_codes"] = int((counts == 0).sum())
+        result |= zip(("codebook_usage", "codebook_perplexity", "token_entropy_bits", "dead_codes"), (*code_usage(counts), int((counts == 0).sum())))
     if ranks.first:
         accuracy, why = semantics(model, nets.get("teacher"), dataset, total, config, ranks.device)
         result |= accuracy | dict(reasons=result["reasons"] | reasons | why)
@@ -343,8 +342,7 @@ def draw_curves(out):
     for axis, keys in zip(axes, (("loss", "val_loss"), ("val_psnr",), ("codebook_usage", "val_codebook_usage"))):
         for (name, rows), key in itertools.product(logs.items(), keys):
             if points := [(row["step"], row[key]) for row in rows if key in row]: axis.plot(*zip(*points), label=f"{name}: {key}")
-        axis.set(xlabel="step", yscale="log" if keys[0] == "loss" else "linear")
-        axis.legend()
+        axis.set(xlabel="step", yscale="log" if keys[0] == "loss" else "linear"), axis.legend()
     plt.savefig(out / "curves.png", bbox_inches="tight")
     print(f"wrote {out / 'curves.png'}")
 
@@ -373,8 +371,9 @@ def main():
     if ranks.first:
         for folder in folders: results[folder]["tokenizer"] = identity(folder)
         path, result = out / ("vqa.json" if config.vqa else "eval.json"), results if len(results) > 1 else results[folders[0]]
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):          # a tokenizer's scores and its generator's stand side by side
-            if (before := json.loads(path.read_text()))["tokenizer"] == result["tokenizer"]:
+        with contextlib.suppress(OSError, ValueError, KeyError):              # there is none yet, or one of them is of several tokenizers
+            before = json.loads(path.read_text())
+            if before["tokenizer"] == result["tokenizer"]:                    # a tokenizer's scores and its generator's stand side by side
                 result = {key: value for key, value in before.items() if config.generation or key.startswith("geneval")} | result
         print(table(results))
         for folder, found in results.items():

@@ -11,7 +11,7 @@ Draw pictures for captions: text -> codes -> pixels, with a generator that train
 --geneval and --dpg go on where they stopped: a picture that is there is not made again, so give other settings, or a new model, another --out.
 A picture depends on model, settings, caption, --seed and its number among the caption's alone: not on batch, rank or other captions (float32, CPU).
 """
-import collections, functools, json, re, time, zlib
+import collections, functools, json, re, zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import AttentionInterface, StaticCache, TopKLogitsWarper
 
 from train_ar import chat, layout, load_generator, load_mllm, pad_ids, square, visual_logits
-from vqrae import Ranks, UserError, check_least, command_line, explained, full, parse_config, print_config, resize, uniform
+from vqrae import Ranks, UserError, bench, check_least, command_line, explained, full, parse_config, print_config, resize, uniform
 
 @dataclass
 class SampleConfig:
@@ -50,7 +50,7 @@ class SampleConfig:
     top_p: float = 1.0                    # [LlamaGen] draw among the likeliest codes that hold this share of the probability
     seed: int = 0                         # of a caption's first picture; the next has seed + 1
     batch_size: int = 64                  # pictures at a time
-    bench: bool = False                   # instead: draw a batch of the first caption twice, and say how fast the second was
+    bench: bool = False                   # instead: draw a batch of the first caption four times, and say how fast the last was
 
     def __post_init__(self):
         self.out_dir = self.out_dir or f"out/{self.config}"
@@ -65,10 +65,9 @@ class SampleConfig:
 PRESETS = {"config tiny": dict(precision="float32", guidance=2.0, temperature=1.0, top_k=0, top_p=0.6)}     # [ours] measured on shapes
 
 def check_options(guidance, temperature, top_k, top_p):
-    if not 0 <= guidance < 100: raise UserError(f"--guidance {guidance} is out of range: from 0 to 100; 1 is no guidance")
-    if not 0 <= temperature < 100: raise UserError(f"--temperature {temperature} is out of range: from 0 to 100; 0 takes the likeliest code")
-    if top_k < 0: raise UserError(f"--top_k {top_k} is out of range: at least 0; 0 is all codes")
-    if not 0 < top_p <= 1: raise UserError(f"--top_p {top_p} is out of range: above 0 and at most 1; 1 is all codes")
+    for name, value, low, high in (("guidance", guidance, 0, 100), ("temperature", temperature, 0, 100), ("top_k", top_k, 0, 1 << 20),
+                                   ("top_p", top_p, 1e-6, 1)):
+        if not low <= value <= high: raise UserError(f"--{name} {value} is out of range: from {low} to {high} (--help says what they mean)")
 
 # ---- Text -> codes --------------------------------------------------------------------------------------------------
 def choose(logits, u, temperature, top_k, top_p):
@@ -119,12 +118,12 @@ def generate(lm, text_tokenizer, prompts, seeds, guidance=1.0, temperature=1.0, 
     chance = torch.stack([uniform(seed, N) for seed in seeds]).to(device)     # (B, N): the only randomness
     texts = [*prompts, *([""] * B if guidance != 1 else [])]                  # guided: the unconditional half comes second
     ids, mask = (F.pad(t, (max(0, width + 1 - t.shape[1]), 0)).to(device) for t in layout(text_tokenizer, visual, texts))
-    R, T = ids.shape                                                          # R = 2 B when guided; T: captions and BOI
-    length = T + N - 1                                                        # the last code is drawn, not read
+    R, P = ids.shape                                                          # R = 2 B when guided; P: prompts, with BOI
+    length = P + N - 1                                                        # the last code is drawn, not read
     at = torch.arange(length, device=device)
     seen = torch.cat([mask.bool(), torch.ones(R, N - 1, dtype=torch.bool, device=device)], 1)           # (R, length)
-    allowed = (seen[:, None, None, :T] & (at[:T] <= at[:T, None])) | (at[:T] == at[:T, None])  # (R, 1, T, T); padding sees itself, else NaN
-    positions = (mask.cumsum(1) - 1).clamp(min=0)                             # (R, T): padding does not count
+    allowed = (seen[:, None, None, :P] & (at[:P] <= at[:P, None])) | (at[:P] == at[:P, None])  # (R, 1, P, P); padding sees itself, else NaN
+    positions = (mask.cumsum(1) - 1).clamp(min=0)                             # (R, P): padding does not count
     cache, run = cache_and_step(lm, length, compiled, R, lm.dtype, device)
     cache.reset()
     usual, codes = lm.config._attn_implementation, []
@@ -135,7 +134,7 @@ def generate(lm, text_tokenizer, prompts, seeds, guidance=1.0, temperature=1.0, 
             codes.append(choose(logits, chance[:, n], temperature, top_k, top_p))
             ids = (codes[-1] + visual["offset"]).repeat(R // B)[:, None]      # (R, 1)
             positions = positions[:, -1:] + 1
-            allowed = (seen & (at <= T + n))[:, None, None, :length if compiled else T + n + 1]         # what is filled; compiled: always one shape
+            allowed = (seen & (at <= P + n))[:, None, None, :length if compiled else P + n + 1]         # what is filled; compiled: always one shape
             if bar is not None: bar.update(B)
     finally: lm.set_attn_implementation(usual)
     return torch.stack(codes, 1)                                              # (B, N)
@@ -216,28 +215,23 @@ def main():
     draw = functools.partial(generate, lm, text_tokenizer, guidance=config.guidance, temperature=config.temperature, top_k=config.top_k,
                              top_p=config.top_p, width=width, compiled=compiled)
     if config.bench:
-        for _ in range(2):                                                    # the first compiles and warms up
-            start = time.time()
-            codes = draw([jobs[0].prompt] * config.batch_size, range(config.batch_size))
-            codes.cpu()                                                       # waits for the GPU
-        seconds, memory = time.time() - start, f", at most {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if codes.is_cuda else ""
-        return ranks.say(f"{codes.numel() / seconds:.0f} codes/s, {seconds / codes.shape[1] * 1e3:.2f} ms a step of {len(codes)} pictures{memory}")
+        timed = bench(config, ranks, steps=visual["tokens"], unit="codes")    # True counts as 1
+        while not next(timed): draw([jobs[0].prompt] * config.batch_size, range(config.batch_size))
+        return
     ranks.say(f"{len(jobs)} pictures or grids in {out}, {len(jobs) - len(todo)} of them there already")
-    todo = [(job, seed) for job in todo[ranks.rank::ranks.size] for seed in job.seeds]
-    bar = tqdm(total=len(todo) * visual["tokens"], desc="sampling", unit="code", disable=not ranks.first)
-    pending, shown = {}, []                       # pictures that wait for the others of their file; the first 64, for a grid
-    for part in torch.utils.data.BatchSampler(todo, config.batch_size, drop_last=False):
-        fill = (part * config.batch_size)[:min(config.batch_size, len(todo))] if compiled else part       # a compiled step has one batch size
-        codes = draw([job.prompt for job, _ in fill], [seed for _, seed in fill], bar=bar)[:len(part)]
-        images = resize(tokenizer.detokenize(codes).clamp(0, 1), resolution).cpu()         # (b, 3, resolution, resolution)
-        for (job, _), image in zip(part, images):
-            pending.setdefault(job.path, []).append(image)
-            if len(pending[job.path]) == len(job.seeds):
-                job.path.parent.mkdir(parents=True, exist_ok=True)
-                if job.line: (job.path.parents[1] / "metadata.jsonl").write_text(job.line, "utf-8")
-                partial = job.path.with_name(f".{job.path.stem}.partial.png")             # the whole file or none
-                save_image(pending.pop(job.path), partial, nrow=2, padding=0)             # one picture, or a 2 x 2 grid without gaps
-                partial.replace(job.path)
+    todo, each, shown = todo[ranks.rank::ranks.size], len(jobs[0].seeds), []  # each: pictures in a file; shown: the first 64, for a grid
+    at_once = min(max(1, config.batch_size // each), len(todo))               # files
+    bar = tqdm(total=len(todo) * each * visual["tokens"], desc="sampling", unit="code", disable=not ranks.first)
+    for part in torch.utils.data.BatchSampler(todo, max(1, at_once), drop_last=False):
+        fill = (part * at_once)[:at_once] if compiled else part               # a compiled step has one batch size
+        codes = draw([job.prompt for job in fill for _ in job.seeds], [seed for job in fill for seed in job.seeds], bar=bar)[:len(part) * each]
+        images = resize(tokenizer.detokenize(codes).clamp(0, 1), resolution).cpu()         # (b each, 3, resolution, resolution)
+        for job, pictures in zip(part, images.split(each)):
+            job.path.parent.mkdir(parents=True, exist_ok=True)
+            if job.line: (job.path.parents[1] / "metadata.jsonl").write_text(job.line, "utf-8")
+            partial = job.path.with_name(f".{job.path.stem}.partial.png")     # the whole file or none
+            save_image(pictures, partial, nrow=2, padding=0)                  # one picture, or a 2 x 2 grid without gaps
+            partial.replace(job.path)
         shown.extend(images[:64 - len(shown)])
     bar.close()
     ranks.wait()

@@ -406,7 +406,7 @@ def test_encoder_weights_must_fit(small, tmp_path):
 def test_offline_answer_is_quick_and_names_the_file(monkeypatch):
     def refuse(*_, **__):
         raise OSError("no network")
-    monkeypatch.setattr(vqrae.urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(vqrae, "get_hf_file_metadata", refuse)
     monkeypatch.setattr(vqrae.torch.hub, "load_state_dict_from_url", refuse)
     with torch.device("meta"):
         encoder = Encoder(MODELS["siglip2_base_256"])
@@ -415,7 +415,10 @@ def test_offline_answer_is_quick_and_names_the_file(monkeypatch):
         vqrae.load_encoder_weights(encoder, "hub")
     with pytest.raises(UserError, match="vgg16.*--lpips_weights FILE"):
         PerceptualLoss("lpips")
-    assert time.time() - start < 10
+    config, model_config, _ = vqrae.parse_config(tt.TrainConfig, tt.PRESETS, VQRAEConfig, argv=["--config", "siglip2_256"])
+    with pytest.raises(UserError, match="siglip_256.v2_webli.*--encoder_weights FILE"):       # before 800 million random weights are made
+        tt.starting_point(config, model_config, vqrae.Ranks("cpu"), None)
+    assert time.time() - start < 5
 
 
 def test_a_malicious_checkpoint_executes_nothing(tmp_path):
@@ -699,7 +702,7 @@ def test_bad_images_among_few_good_ones_are_stepped_over_and_named_once(tmp_path
 def test_captions_and_classes(folder):
     (folder / "a" / "metadata.jsonl").write_text(json.dumps(dict(file_name="00.png", text="zero\u2028", label="cat"), ensure_ascii=False) + '\n{"file_name": "02.png", "label": null}\n')
     (folder / "b" / "01.txt").write_text("one\n")
-    items = {item["name"][-6:-4]: item for item in map(tt.Images(str(folder), 32, train=False).__getitem__, range(24))}
+    items = {item["name"][-6:-4]: item for item in map(tt.Images(str(folder), 32, in_order=True).__getitem__, range(24))}
     assert (items["00"]["text"], items["00"]["label"]) == ("zero", "cat")
     assert (items["01"]["text"], items["01"]["label"]) == ("one", "b")
     assert (items["02"]["text"], items["02"]["label"]) == ("", "a")
@@ -747,7 +750,7 @@ def test_tar_shards_hold_the_same_images(folder, tmp_path, capsys, monkeypatch):
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
     (tmp_path / "s-02.tar").write_bytes(b"damaged")
-    read = lambda: tt.Images(str(tmp_path / "s-{00..02}.tar"), 32, train=False, folder=str(tmp_path / "run"))
+    read = lambda: tt.Images(str(tmp_path / "s-{00..02}.tar"), 32, in_order=True, folder=str(tmp_path / "run"))
     shards, said = read(), capsys.readouterr().out
     assert len(shards) == 24 and "1 of 3 shards" in said and "s-02.tar" in said
     for item in map(shards.__getitem__, range(24)):
@@ -1169,6 +1172,10 @@ def test_generator_end_to_end(trained):
     run(*flags, "--total_steps", 9, "--resume")
     rows = [json.loads(line) for line in (out / "log_ar.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 10)) and math.isfinite(rows[-1]["val_loss"])
+    said = run("sample.py", "--out_dir", out, "--prompt", "four stars", "--bench", "--batch_size", 3, "--device", "cpu")
+    gflop = float(re.search(r"codes/s, [\d.]+ ms a step of 3; a rank: ([\d.e-]+) TFLOP a step", said)[1]) * 1e3
+    weights = sum(p.numel() for p in train_ar.load_generator(out)[0].model.layers.parameters())
+    assert 1 < gflop / (2e-9 * weights * 2 * 3) < 2                           # 2 x weights x rows (guided: 2 x 3), the prompt, attention and the head
     said = run("sample.py", "--out_dir", out, *["--prompt", "a red circle left of a blue square"] * 2, "--prompt", "four stars", "--device", "cpu")
     assert "2 pictures or grids" in said                                      # each caption once
     assert Image.open(out / "samples" / "four-stars-0.png").size == (32, 32)
@@ -1432,6 +1439,9 @@ def test_understanding_end_to_end(trained, tmp_path):
                           ([dict(row, conversations=[{"value": "is it?"}, {"value": "yes"}])] * 30, "exactly once"), ([row], "too few to hold")]:
         (tmp_path / "data.json").write_text(rows if isinstance(rows, str) else json.dumps(rows))
         assert message in run_inside("train_ar.py", *flags)
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "data.json").write_text(json.dumps([row] * 10 + [dict(row, image="bad.png")]))
+    assert "bad.png" in run("train_ar.py", *flags)
     file.write_bytes(b"no picture")
     (tmp_path / "data.json").write_text(json.dumps([row] * 30))
     assert "no readable image" in run_inside("train_ar.py", *flags)

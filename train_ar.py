@@ -17,7 +17,7 @@ Without a caption a sequence begins at BOI: the unconditional prompt of classifi
     USER: z_1 z_2 ... z_N how many rings are there? ASSISTANT: two </s> USER: ... ASSISTANT: ... </s> <pad> ...       phase sft
           z_1 z_2 ... z_N a red circle </s> <pad> ...                                                                 phase pretrain
 """
-import contextlib, functools, hashlib, io, itertools, json, os, sys, time, zlib
+import contextlib, functools, hashlib, io, itertools, json, shlex, sys, time, zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -35,7 +35,8 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, logging
 
-from train_tokenizer import COLORS, NUMBERS, PLURAL, SHAPES, VALIDATION, Images, article, batches, captions, decode, plan, render, shuffled, uniforms
+from train_tokenizer import (COLORS, NUMBERS, PLURAL, SHAPES, VALIDATION, Images, article, batches, captions, decode, fingerprint, plan, render,
+                             shuffled, uniforms)
 from vqrae import (Log, Ranks, UserError, bench, check_finite, check_run, check_same, command_line, compile_parts, explained, full, hub_file,
                    ignore_signals, load_checkpoint, load_teacher, load_tokenizer, lr_factor, next_command, no_autocast, open_run, parse_config,
                    print_config, report, resize, save_checkpoint, split_batch, uniform)
@@ -141,7 +142,7 @@ def build_lm(config, texts):
             lm(torch.zeros(1, 2, dtype=torch.int64))                          # heads that do not go with one another fail here
         nn.init.normal_(lm.get_input_embeddings().weight)                     # smaller words drown in what their first layer attends to: README
         return lm, text_tokenizer
-    if not Path(config.lm).is_dir():                                          # fails within seconds where there is no network
+    if not Path(config.lm).is_dir():                                          # a name on the hub; fails within seconds where there is no network
         with explained(f"--lm {config.lm} is neither a folder nor a name on the hub"):
             hub_file(config.lm, "config.json", f"run `hf download {config.lm}` there, and pass its folder with --lm FOLDER")
     return read_lm(config.lm, f"cannot load the language model {config.lm}")
@@ -153,7 +154,7 @@ def read_lm(name, problem, dtype=torch.float32, **how):                       # 
 def grow_vocabulary(lm, text_tokenizer, tokenizer, which, max_length):
     """Give `lm` a row for each code, and BOI and EOI where it lacks them. The offset is beyond the embedding's rows, of which Qwen3 has more
     (151936) than its tokenizer has tokens (151669). A new row is a random projection of its code's vector C W, so that codes that look alike
-    begin alike, with the mean and spread of the old rows; left to itself, transformers makes all new rows nearly the same."""
+    begin alike (README), with the mean and spread of the old rows; left to itself, transformers makes all new rows nearly the same."""
     text_tokenizer.add_tokens([BOI, EOI], special_tokens=True)
     old, codes = lm.config.vocab_size, tokenizer.config.codebook_size
     offset = max(old, len(text_tokenizer))
@@ -211,13 +212,13 @@ def open_codes(source, part, config, tokenizer, which, ranks):
     """Codes and captions of `source` as one memory-mapped array of records, codes-PART-TOKENIZER-DATA.npy, made if need be; None for shapes."""
     if source == "shapes": return None
     with ranks.first_alone():                                                 # in order; centre crop [T9]
-        dataset = Images(source, tokenizer.config.image_size, train=False, part="all" if config.val_data else part, folder=config.out_dir)
-    if not any(r["label"] or r["text"] and r["text"][-1] for r in map(dataset.record, range(len(dataset)))):      # or its path, offset, size
+        dataset = Images(source, tokenizer.config.image_size, in_order=True, part="all" if config.val_data else part, folder=config.out_dir)
+    if not any(record["label"] or record["text"] for record in map(dataset.record, range(len(dataset)))):
         raise UserError(f"no image of {source} has caption or class: write metadata.jsonl (file_name, text), or a .txt beside each (in shards too)")
-    listing, changed = hashlib.sha256(), functools.cache(lambda file: (os.path.getsize(file), os.path.getmtime(file)))         # a shard's once
-    for record in map(dataset.record, range(len(dataset))):
-        listing.update(repr((record, [changed(place[0]) for place in (record["image"], record["text"]) if isinstance(place, tuple)])).encode())
-    path = Path(config.out_dir) / f"codes-{part}-{which}-{listing.hexdigest()[:16]}.npy"
+    records = dataset.records
+    if source.endswith(".tar"): images = fingerprint(records.paths, len(dataset))
+    else: images = fingerprint([place[0] for r in records for place in (r["image"], r["text"]) if isinstance(place, tuple)], len(dataset), records)
+    path = Path(config.out_dir) / f"codes-{part}-{which}-{images}.npy"
     if path.is_file() and not config.overwrite_cache: return np.load(path, mmap_mode="r")
     others = [other for other in path.parent.glob(f"codes-{part}-*.npy") if other != path]
     if others and not config.overwrite_cache:
@@ -234,7 +235,8 @@ def open_codes(source, part, config, tokenizer, which, ranks):
     bar = tqdm(todo, f"codes-{part}", unit="image", disable=not ranks.first)
     for i, batch in enumerate(batches(dataset, tokenizer.config.image_size, bar, 64, config.num_workers, ranks.device)):
         texts = [(text or label).encode(errors="replace") for text, label in zip(batch["text"], batch["label"])]     # no caption: its class
-        rows[todo[64 * i:64 * (i + 1)]] = [(*row, True) for row in zip(tokenizer.tokenize(batch["image"]).tolist(), texts)]
+        here = todo[64 * i:64 * (i + 1)]
+        rows["codes"][here], rows["text"][here], rows["done"][here] = tokenizer.tokenize(batch["image"]).cpu(), texts, True
     rows.flush()
     ranks.wait()
     if ranks.first:
@@ -364,28 +366,29 @@ class Generate:
         if config.max_length < (least := self.tokenizer.config.num_tokens + 3):
             raise UserError(f"--max_length {config.max_length} has no room for a picture, its two marks and a caption: at least {least}")
         self.draw = functools.cache(self.draw)                                # each batch of shapes is drawn and tokenized once
-        made = build_lm(config, []) if config.lm != "random" else None        # before the codes, which may take hours: a wrong --lm fails at once
-        if made and made[0].config.model_type != "qwen3": raise UserError(f"--lm {config.lm} is no Qwen3, which --task generate is made for")
+        if config.lm != "random":                                             # before the codes, which may take hours: a wrong --lm fails at once
+            self.lm, self.text_tokenizer = build_lm(config, [])
+            if self.lm.config.model_type != "qwen3": raise UserError(f"--lm {config.lm} is no Qwen3, which --task generate is made for")
         self.data = open_codes(config.data, "train", config, self.tokenizer, self.which, ranks)
         self.val = open_codes(config.val_data or config.data, "val", config, self.tokenizer, self.which, ranks)
-        texts = captions(plan(torch.arange(10_000))) if self.data is None else self.fetch(range(len(self.data)))[1] if config.lm == "random" else []
-        self.lm, self.text_tokenizer = made or build_lm(config, texts)
+        if config.lm == "random":
+            texts = captions(plan(torch.arange(10_000))) if self.data is None else self.fetch(range(len(self.data)))[1]
+            self.lm, self.text_tokenizer = build_lm(config, texts)
         grow_vocabulary(self.lm, self.text_tokenizer, self.tokenizer, self.which, config.max_length)
         self.net, self.visual = PictureLM(self.lm), self.lm.config.visual
 
     def fetch(self, positions, val=False):
         """b positions -> codes (b, N) int64, captions [b]."""
         if (rows := self.val if val else self.data) is None:
-            n = len(positions)
-            first = positions[0] if val else positions[0] % max(n, REPEAT // n * n)  # REPEAT in whole batches: each is one entry of draw's cache
-            return self.draw(range(first, first + n))
+            batch = self.config.batch_size                                    # REPEAT in whole batches: each part of one is one entry of draw's cache
+            first = positions[0] if val else positions[0] % max(batch, REPEAT // batch * batch)
+            return self.draw(range(first, first + len(positions)))
         found = rows[[shuffled(p, len(rows), 0 if val else self.config.seed) for p in positions]]      # validation too: files are sorted
         return torch.from_numpy(found["codes"].astype(np.int64)), [text.decode("utf-8", "ignore") for text in found["text"]]
 
     def draw(self, positions):                                                # fetch's answer for shapes, cached
         batch = next(batches(None, self.tokenizer.config.image_size, positions, len(positions), device=self.device))
-        with no_autocast(batch["image"]):                                     # as in training, also while validating
-            return self.tokenizer.tokenize(batch["image"]).cpu(), batch["text"]
+        with no_autocast(batch["image"]): return self.tokenizer.tokenize(batch["image"]).cpu(), batch["text"]      # also while validating
 
     def stream(self, parts, val=False):
         """Ranges of b positions -> iterator over ids and mask (b, T + N + 2), and codes (b, N)."""
@@ -456,14 +459,14 @@ class Understand:
                                                 worker_init_fn=ignore_signals, generator=torch.Generator()))
 
     def loss(self, net, ids, scored, images):
-        """Mean cross-entropy (nats) of the answers' S tokens."""
+        """Mean cross-entropy (nats) of the S answer tokens of these images: each of `micro_batch` images at a time weighs the same, as in LLaVA's."""
         return F.cross_entropy(full(net(ids, scored, self.encoder(images))), ids[:, 1:][scored[:, 1:]])      # (S, vocabulary), (S,)
 
     def validate(self, parts):
         """Mean loss of all answers' tokens; their share of right answers is eval.py's."""
         losses = [(self.loss(self.net, *(t.to(self.device) for t in batch)), batch[1][:, 1:].sum()) for batch in self.stream(parts, val=True)]
-        self.next = (next_command("train_ar.py", self.config, CARRIED, task="understand", phase="sft") if self.config.phase == "pretrain" else
-                     next_command("eval.py", self.config, {"device"}, vqa=True, out_dir=self.config.out_dir, tokenizers=(self.config.tokenizer,)))
+        if self.config.phase == "pretrain": self.next = next_command("train_ar.py", self.config, CARRIED, task="understand", phase="sft")
+        else: self.next = next_command("eval.py", self.config, SHARED - {"tokenizer"}, vqa=True) + " " + shlex.quote(self.config.tokenizer)
         return dict(val_loss=(sum(loss * n for loss, n in losses) / sum(n for _, n in losses)).item())
 
 def send(message, src_rank, group, device):
@@ -478,7 +481,7 @@ def train(config, ranks):
     out, device, start = Path(config.out_dir), ranks.device, time.time()
     local, micro, accumulate = split_batch(config, ranks)
     folder = out / ("mllm" if config.phase else "ar")                         # phase is "" for --task generate alone
-    path = folder / f"{config.phase or 'state'}.pt"
+    path, sft_follows = folder / f"{config.phase or 'state'}.pt", config.phase == "pretrain" and "phase" not in config.given
     resumed = open_run(path, config)
     first_step = resumed["step"] if resumed else 0
     if first_step > config.total_steps: raise UserError(f"{path} is at step {first_step}, beyond --total_steps {config.total_steps}")
@@ -503,7 +506,7 @@ def train(config, ranks):
         del resumed                                                           # it holds as much as model and optimiser
     if config.checkpointing: task.lm.gradient_checkpointing_enable(dict(use_reentrant=False))
     if config.compile: compile_parts(task.lm, task.encoder)
-    net = ranks.run(task.net)
+    net = ranks.ddp(task.net)
     log = Log(out / f"log_{config.phase or 'ar'}.jsonl", first_step, ranks.first and not config.bench)
     starts = (step * config.batch_size + ranks.rank * local + i * micro for step in range(first_step, config.total_steps) for i in range(accumulate))
     stream = task.stream(range(at, at + micro) for at in starts)
@@ -511,7 +514,7 @@ def train(config, ranks):
     bar = tqdm(range(first_step, config.total_steps + 1), config.phase or "generator", config.total_steps, initial=first_step, unit="step",
                disable=not ranks.first)                                       # the last round only validates and saves
     if config.bench: stream, timed = itertools.repeat(next(stream)), bench(config, ranks, dict(lm=task.lm.base_model, teacher=task.encoder))
-    else: ranks.begin(config.overwrite, path, *() if "phase" in config.given else [folder / "sft.pt"])   # both phases: --resume must find no old SFT
+    else: ranks.begin([path, *[folder / "sft.pt"] * sft_follows] if config.overwrite else [])
     for step in bar:
         if config.bench and next(timed): return
         # Once in a while: validate, save.
@@ -555,20 +558,19 @@ def train(config, ranks):
             if config.phase == "sft": save_file(task.net.connector.state_dict(), folder / "connector.safetensors")
         report({what: f"{x:.3f}" for what, x in found.items()} | dict(parameters=f"{sum(p.numel() for p in task.net.parameters()) / 1e6:.2f} million",
                time=f"{(time.time() - start) / 60:.1f} minutes", pictures="" if config.phase else out / "samples.png", model=folder))
-        print(f"\nNext: {task.next}")
+        if not sft_follows: print(f"\nNext: {task.next}")
     ranks.wait()
     if stop and not last: ranks.say(f"stopped at step {step}, all saved. Go on with: {next_command(sys.argv[0], config, resume=True)}")
     return last
 
 def main():
     config, _, _ = parse_config(ARConfig, PRESETS)
-    ranks, phases, given = Ranks(config.device), [config.phase], config.given
+    ranks, phases = Ranks(config.device), [config.phase]
     if config.task == "understand" and not config.phase:
         phases = ["sft"] if config.resume and (Path(config.out_dir) / "mllm/sft.pt").exists() else ["pretrain", "sft"]
     for phase in phases:
-        config, _, origin = parse_config(ARConfig, PRESETS, argv=[*sys.argv[1:], "--phase", phase])
+        config, _, origin = parse_config(ARConfig, PRESETS, phase=phase)
         config.resume = config.resume and phase == phases[0]                  # what comes after it was not begun
-        config.given = given                                                  # without --phase, unless the user gave one
         if ranks.first: print_config(origin, config)
         if not train(config, ranks): break
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from vqrae import (VQRAE, Discriminator, Encoder, Log, PerceptualLoss, Ranks, UserError, VQRAEConfig, bench, check_finite, check_run,
                    check_same, command_line, compile_parts, distill_loss, explained, full, hinge_d_loss, ignore_signals, lecam,
                    load_checkpoint, load_encoder_weights, lr_factor, next_command, open_run, parse_config, print_config, report, resize,
-                   save_checkpoint, save_tokenizer, split_batch, uniform)
+                   save_checkpoint, save_tokenizer, split_batch, uniform, weights_file)
 
 # ---- Configuration. Defaults: stage 1 of SigLIP2-so400m 256. Sources: [T7] the paper's Table 7, [TiTok] inherited from the code it adapts, [ours].
 @dataclass
@@ -67,9 +67,10 @@ class TrainConfig:
     beta2: float = 0.999                  # [T7]
     weight_decay: float = 1e-4            # [T7] on matrices only [TiTok]
     clip: float = 1.0                     # [T7] gradient norm; the discriminator's separately
+    stage0_steps: int = 1500              # [ours] of stage 0, of 16 pictures of shapes each
+    stage0_lr: float = 2e-3               # [ours]
     ema_decay: float = 0.999              # [TiTok] of the weights that are evaluated and saved as the tokenizer
     # losses
-    l2_weight: float = 1.0                # [TiTok]
     perceptual: Literal["lpips_convnext", "lpips", "vfm", "none"] = "lpips_convnext"  # [T7] "convnext-s"
     perceptual_weight: float = 1.0        # [TiTok] T7's 1.1 is divided by 1 + 0.1 there
     lpips_weights: str = ""               # a file of torchvision's vgg16; "": download
@@ -80,9 +81,6 @@ class TrainConfig:
     disc_lr: float = 4e-5                 # [T7]
     disc_width: int = 128                 # [TiTok]
     lecam_weight: float = 0.001           # [TiTok]
-    # stage 0
-    stage0_steps: int = 1500              # [ours] of 16 shapes pictures
-    stage0_lr: float = 2e-3               # [ours]
     # once in a while
     log_every: int = 50                   # [ours] steps
     eval_every: int = 5000                # [ours] validation PSNR and a grid
@@ -109,18 +107,17 @@ CARRIED = {f.name for f in (*fields(TrainConfig), *fields(VQRAEConfig))} - {    
 
 # ---- Data. Everything is a function of (seed, position): position 0, 1, 2, ... counts the images a run has seen, so that any
 # number of ranks and workers, and a resumed run, see the same images in the same order with the same crops.
-Image.MAX_IMAGE_PIXELS = 128 * 1024 * 1024        # more is refused as a decompression bomb
+Image.MAX_IMAGE_PIXELS = 64 * 1024 * 1024         # PIL refuses twice as many as a decompression bomb
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 def decode(data):
     """Bytes of any image PIL reads -> upright RGB PIL image; transparency on white, the first frame of an animation."""
-    image = Image.open(io.BytesIO(data))
-    if image.width * image.height > Image.MAX_IMAGE_PIXELS: raise ValueError(f"{image.width} x {image.height} pixels are too many")
-    image = ImageOps.exif_transpose(image)
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     if image.mode.startswith("I") or image.mode == "F":                       # 16 bits, or floats: to eight
         values = np.asarray(image, np.float32)
-        scale = 1 / 257 if values.max() > 255 or image.mode.startswith("I;16") else 255 if image.mode == "F" and values.max() <= 1 else 1
-        return Image.fromarray((values * scale).clip(0, 255).astype(np.uint8)).convert("RGB")
+        if image.mode == "F" and values.max() <= 1: values = values * 255
+        elif image.mode.startswith("I;16") or values.max() > 255: values = values / 257
+        return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data: image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
@@ -137,8 +134,8 @@ def shuffled(position, n, seed): return int(shuffle(n, seed + position // n)[pos
 class Images(torch.utils.data.Dataset):
     """Images of a folder or of tar shards by position, `size` pixels a side, with caption and class. Unreadable ones are stepped over.
     part: "train" is all but every 20th, "val" those. folder: where the shards' index goes; where pictures of a JSON (train_ar.Conversations) lie."""
-    def __init__(self, source, size, seed=0, train=True, random_crop=False, random_flip=False, part="all", folder="out"):
-        self.source, self.size, self.seed, self.train, self.random_crop, self.random_flip = source, size, seed, train, random_crop, random_flip
+    def __init__(self, source, size, seed=0, in_order=False, random_crop=False, random_flip=False, part="all", folder="out"):
+        self.source, self.size, self.seed, self.in_order, self.random_crop, self.random_flip = source, size, seed, in_order, random_crop, random_flip
         self.records, self.skipped = self.read(source, folder), set()
         self.chosen = np.arange(len(self.records))                            # numbers, no copies: there may be millions
         if part != "all": self.chosen = self.chosen[(self.chosen % 20 == 0) == (part == "val")]
@@ -147,7 +144,7 @@ class Images(torch.utils.data.Dataset):
     def read(self, source, folder): return Shards(source, folder) if source.endswith(".tar") else read_folder(source)
     def __len__(self): return len(self.chosen)
     def record(self, position):
-        return self.records[self.chosen[shuffled(position, len(self), self.seed) if self.train else position % len(self)]]
+        return self.records[self.chosen[position % len(self) if self.in_order else shuffled(position, len(self), self.seed)]]
 
     def load(self, record, u):
         image = crop(decode(read_bytes(*record["image"])), self.size, u if self.random_crop else (0.5, 0.5, u[2]), self.random_flip)
@@ -160,7 +157,7 @@ class Images(torch.utils.data.Dataset):
             try:
                 return self.load(record, u) | dict(skipped="\n".join(skipped))
             except Exception as error:                                        # PIL raises anything on damaged files
-                skipped.append(f"{record['name']}: {' '.join(str(error).split()).partition(' <_io')[0]}")
+                skipped.append(f"{record['name']}: {' '.join(str(error).split()).partition(' <_io')[0]}")     # PIL ends with an address
         raise UserError(f"no readable image in {self.source}: the first is {skipped[0]}")
 
 def read_bytes(path, offset, size): return np.fromfile(path, np.uint8, size, offset=offset).tobytes()           # size -1: the whole file
@@ -185,6 +182,10 @@ def read_folder(folder):
         records.append(dict(name=str(path), image=(str(path), 0, -1), text=text, label=str(label)))
     return records
 
+def fingerprint(files, *more):                                                # changes with them: names, sizes and times
+    facts = [(file, os.path.exists(file) and (os.path.getsize(file), os.path.getmtime(file))) for file in files]
+    return hashlib.sha256(repr((facts, *more)).encode()).hexdigest()[:16]
+
 class Shards:
     """Images in webdataset shards (key.jpg, key.txt) as a sequence of records like read_folder's. The tars are read once: where each
     image and caption lies is kept in `index_dir`/index-*.npy, memory-mapped by all ranks and workers, until a shard changes."""
@@ -194,29 +195,30 @@ class Shards:
             low, high = sorted(map(int, match.groups()))
             numbers = [str(n).zfill(len(match[1])) for n in range(low, high + 1)]
             self.paths = [path.replace(match[0], number, 1) for path in self.paths for number in numbers]
-        facts = [(path, os.path.exists(path) and (os.path.getsize(path), os.path.getmtime(path))) for path in self.paths]
-        file = Path(index_dir) / f"index-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.npy"
+        file = Path(index_dir) / f"index-{fingerprint(self.paths)}.npy"
         if not file.exists():
-            rows, errors = zip(*map(self.listing, tqdm(range(len(self.paths)), "index", unit="tar")))
-            if not any(map(len, rows)): raise UserError(f"--data {pattern}: no readable shard with images{''.join(errors)}")
-            if any(errors): print(f"skipped, from the damage on, {sum(map(bool, errors))} of {len(self.paths)} shards{''.join(errors)}")
+            listings = [self.listing(path, number) for number, path in enumerate(tqdm(self.paths, "index", unit="tar"))]
+            rows, errors = [rows for rows, _ in listings if len(rows)], [error for _, error in listings if error]
+            if not rows: raise UserError(f"--data {pattern}: no readable shard with images{''.join(errors)}")
+            if errors: print(f"skipped, from the damage on, {len(errors)} of {len(self.paths)} shards{''.join(errors)}")
             file.parent.mkdir(parents=True, exist_ok=True)
-            np.save(partial := file.with_suffix(".partial.npy"), np.concatenate([part for part in rows if len(part)]))
+            np.save(partial := file.with_suffix(".partial.npy"), np.concatenate(rows))
             partial.replace(file)
         self.rows = np.load(file, mmap_mode="r")
 
-    def listing(self, shard):
-        """-> one row for each image of a shard: shard, offset and size of image and caption, key; and what is wrong with the tar."""
-        members, error = {}, ""
+    def listing(self, path, number):
+        """-> one row for each image of a shard: its number, offset and size of image and caption, key; and what is wrong with the tar."""
+        members, rows, error = {}, [], ""
         try:
-            with tarfile.open(self.paths[shard]) as tar:
+            with tarfile.open(path) as tar:
                 for m in tar:
                     stem, suffix = os.path.splitext(m.name)
                     members.setdefault(stem, {})[suffix.lower()] = (m.offset_data, m.size)
         except (OSError, tarfile.TarError) as problem:
-            error = f"; {self.paths[shard]}: {str(problem).partition(chr(10))[0]}"
-        rows = [(shard, *image, *parts.get(".txt", (0, 0)), stem.encode("utf-8", "surrogateescape")) for stem, parts in members.items()
-                if (image := next((parts[s] for s in sorted(IMAGE_SUFFIXES & parts.keys())), None))]
+            error = f"; {path}: {str(problem).partition(chr(10))[0]}"
+        for stem, parts in members.items():
+            images = [parts[suffix] for suffix in sorted(IMAGE_SUFFIXES & parts.keys())]
+            if images: rows.append((number, *images[0], *parts.get(".txt", (0, 0)), stem.encode("utf-8", "surrogateescape")))
         longest = max([1, *(len(row[-1]) for row in rows)])
         return np.array(rows, f"u4, u8, u4, u8, u4, S{longest}"), error
 
@@ -224,7 +226,7 @@ class Shards:
     def __getitem__(self, i):
         shard, at, size, text_at, text_size, key = self.rows[i].item()
         path, key = self.paths[shard], key.decode("utf-8", "replace")
-        return dict(name=f"{path}:{key}", image=(path, at, size), text=(path, text_at, text_size), label=os.path.basename(os.path.dirname(key)))
+        return dict(name=f"{path}:{key}", image=(path, at, size), text=(path, text_at, text_size) if text_size else "", label=Path(key).parent.name)
 
 def batches(dataset, size, positions, batch, num_workers=0, device="cpu"):
     """Yield dicts of image (batch, 3, size, size) float in [0, 1] on `device` and text for `positions` in turn; of files also label
@@ -256,9 +258,11 @@ class Pretrainer(nn.Module):
 
     def embed_text(self, texts):
         """Bag of hashed words and word pairs -> (B, width): enough for short captions, whatever their words."""
-        bags = [[*words, *map(" ".join, zip(words, words[1:]))] for words in (["", *text.lower().split()] for text in texts)]
-        ids = [[zlib.crc32(word.encode()) % self.words.num_embeddings for word in bag] for bag in bags]
-        return self.text_head(torch.cat([self.words(torch.tensor([bag], device=self.bias.device)) for bag in ids]))
+        bags = []
+        for words in (["", *text.lower().split()] for text in texts):         # "": no bag is empty
+            ids = [zlib.crc32(word.encode()) % self.words.num_embeddings for word in (*words, *map(" ".join, zip(words, words[1:])))]
+            bags.append(self.words(torch.tensor([ids], device=self.bias.device)))               # (1, width)
+        return self.text_head(torch.cat(bags))
 
     def forward(self, images, texts, scene):
         z = self.norm(self.encoder(images))                                   # (B, N, d)
@@ -294,18 +298,22 @@ def pretrain(config, model_config, device, path):
 def parameter_groups(model, discriminator, config):
     """Encoder and the rest at their own rates, weight decay on matrices alone; the discriminator at its own, from its start on."""
     rates, parts = dict(encoder=config.encoder_lr, discriminator=config.disc_lr), [*model.named_children(), ("discriminator", discriminator)]
+    is_matrix = lambda name, p: p.ndim > 1 and not name.endswith(("pos_embed", "cls_token"))
     for (part, module), decays in itertools.product(parts, (True, False)):
-        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad] if module else []
-        params = [p for name, p in named if decays == (p.ndim > 1 and not name.endswith(("pos_embed", "cls_token")))]
+        named = module.named_parameters() if module else ()
+        params = [p for name, p in named if p.requires_grad and is_matrix(name, p) == decays]
         if params: yield dict(params=params, base_lr=rates.get(part, config.lr), start=config.disc_start if part == "discriminator" else 0,
                               weight_decay=config.weight_decay * decays)
 
 def starting_point(config, model_config, ranks, resumed):
     """The model with the weights its stage begins from, and the frozen teacher T."""
-    with ranks.device:                                                        # on a CPU eight hundred million random weights take half a minute
-        model = VQRAE(model_config)
     source, run = model_config.encoder_weights, Path(config.out_dir if config.init_from in ("", "none") else config.init_from)
-    if config.stage == 2 and config.init_from != "none":
+    from_stage1 = config.stage == 2 and config.init_from != "none"
+    from_vfm = not from_stage1 and not (resumed and config.encoder_lr == 0)
+    if from_vfm and source not in ("stage0", "random"):                       # before all those weights are made: a missing file is told at once
+        with torch.device("meta"): source = weights_file(Encoder(model_config), source)
+    with ranks.device: model = VQRAE(model_config)                            # made there: on a CPU 800 million random weights take half a minute
+    if from_stage1:
         path = run / "stage1.pt"
         if not path.exists():
             stage1 = next_command("train_tokenizer.py", config, CARRIED, **dict(out_dir=run) if config.init_from else {})
@@ -318,8 +326,7 @@ def starting_point(config, model_config, ranks, resumed):
             raise UserError(f"{path} is not what this stage 2 began from: --overwrite starts it over")
         ranks.say(f"from step {stage1['step']} of {stage1['config']['total_steps']} in {path}")
         model.load_state_dict(stage1["ema"], strict=True)
-    elif resumed and config.encoder_lr == 0:
-        model.load_state_dict(resumed["model"], strict=True)                  # its encoder has not moved
+    elif not from_vfm: model.load_state_dict(resumed["model"], strict=True)   # its encoder has not moved
     else:
         if source == "stage0":
             source = run / "stage0.pt"
@@ -334,21 +341,17 @@ def starting_point(config, model_config, ranks, resumed):
 
 @torch.no_grad()
 def start_bottleneck(model, config, dataset, ranks):
-    """Start to_code and the codes on this data's own features and pixels, looked at by rank 0 for all."""
+    """Start to_code and the codes on this data's own features and pixels: on rank 0, from which DDP will copy them to the others."""
     if ranks.first:
-        size, p, Z_I, pixels = model.config.image_size, model.config.patch_size, [], []
-        patches = min(128 * model.config.codebook_size, max(32 * model.config.codebook_size, 1 << 19))  # half a million; but 32 to 128 a code
-        positions = range(max(64, patches // model.config.num_tokens))
-        for batch in batches(dataset, size, positions, min(64, config.batch_size), config.num_workers, ranks.device):
+        size, p, k, Z_I, pixels = model.config.image_size, model.config.patch_size, model.config.codebook_size, [], []
+        pictures = max(64, min(128 * k, max(32 * k, 1 << 19)) // model.config.num_tokens)     # for half a million patches; but 32 to 128 a code
+        for batch in batches(dataset, size, range(pictures), min(64, config.batch_size), config.num_workers, ranks.device):
             Z_I.append(model.encode(batch["image"]).flatten(0, 1))                            # (B N, d)
             pixels.append(F.unfold(batch["image"], p, stride=p).transpose(1, 2).unflatten(2, (3, -1)).flatten(0, 1))      # (B N, 3, p p)
         model.start_on(torch.cat(Z_I), torch.cat(pixels))
-    started = nn.ModuleList(filter(None, (model.to_code, model.quantizer)))
-    for tensor in started.state_dict().values() if ranks.size > 1 else (): torch.distributed.broadcast(tensor, 0)
 
 def as_file(images): return (full(images).clamp(0, 1) * 255).round() / 255    # to 8 bits, as a picture file holds them; still in [0, 1]
-def psnr(x, y):
-    """(B, 3, H, W) in [0, 1], both rounded to 8 bits -> (B,) dB."""
+def psnr(x, y):                                                                # (B, 3, H, W) in [0, 1], both rounded to 8 bits -> (B,) dB
     return -10 * (as_file(x) - as_file(y)).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
 
 def code_usage(counts):
@@ -374,19 +377,21 @@ def train(config, model_config, ranks):
     path, pictures = out / f"stage{config.stage}.pt", out / f"recon_stage{config.stage}.png"
     if resumed := open_run(path, config): check_same(resumed["model_config"], asdict(model_config), f"{path} is of another model")
     local, micro, accumulate = split_batch(config, ranks)
-    size, val_source, hold_out = model_config.image_size, config.val_data or config.data, not config.val_data and config.data != "shapes"
+    size, val_source = model_config.image_size, config.val_data or config.data
+    hold_out = config.data != "shapes" and not config.val_data                # every 20th image is for validation
     with ranks.first_alone():
         data = None if config.data == "shapes" else Images(config.data, size, config.seed, random_crop=config.random_crop, folder=out,
                                                            random_flip=config.random_flip, part="train" if hold_out else "all")
-        val_data = None if val_source == "shapes" else Images(val_source, size, train=False, part="val" if hold_out else "all", folder=out)
-    perceptual = PerceptualLoss(config.perceptual, config.lpips_weights, config.convnext_weights) if config.perceptual != "none" else None
+        val_data = None if val_source == "shapes" else Images(val_source, size, in_order=True, part="val" if hold_out else "all", folder=out)
+        perceptual = PerceptualLoss(config.perceptual, config.lpips_weights, config.convnext_weights) if config.perceptual != "none" else None
     torch.manual_seed(config.seed)
     model, teacher = starting_point(config, model_config, ranks, resumed)
     if perceptual: perceptual.vfm = teacher
     torch.manual_seed(config.seed)                                            # the same from here on, whether stage 0 ran just now or not
     discriminator = Discriminator(config.disc_width) if config.disc_start >= 0 else None
     if config.disc_start >= config.total_steps: ranks.say(f"note: --disc_start {config.disc_start} is after the last step: no discriminator")
-    frozen, dtype = config.encoder_lr == 0, torch.float64 if config.precision == "float64" else None
+    frozen = config.encoder_lr == 0
+    dtype = torch.float64 if config.precision == "float64" else None
     model.encoder.requires_grad_(not frozen)
     if not (resumed or config.bench) and (config.stage == 1 or config.init_from == "none"): start_bottleneck(model, config, data, ranks)
     nn.ModuleList(filter(None, (model, teacher, perceptual, discriminator))).to(device, dtype)
@@ -408,19 +413,20 @@ def train(config, model_config, ranks):
             if part and resumed[name]: part.load_state_dict(resumed[name])
         torch.set_rng_state(resumed["rng"])
         del resumed                                                           # it holds as much as model and optimiser
-    net, d_net = ranks.run(model), discriminator and ranks.run(discriminator)
+    net, d_net = ranks.ddp(model), discriminator and ranks.ddp(discriminator)
     counts = torch.zeros(model_config.codebook_size, device=device)           # how often each code was used since the last log line
     positions = (step * config.batch_size + ranks.rank * local + i for step in range(first_step, config.total_steps) for i in range(local))
     stream = batches(data, size, positions, micro, config.num_workers, device)
     log = Log(out / f"log_stage{config.stage}.jsonl", first_step, ranks.first and not config.bench)
     bar = tqdm(range(first_step, config.total_steps + 1), f"stage {config.stage}", config.total_steps, initial=first_step, unit="step",
                disable=not ranks.first)                                       # the last round only validates and saves
-    weights = dict(l2=config.l2_weight, perceptual=config.perceptual_weight, quant=1.0, distill=config.distill_weight, adversarial=config.disc_weight)
+    weights = dict(l2=1.0, perceptual=config.perceptual_weight, quant=1.0, distill=config.distill_weight, adversarial=config.disc_weight)
     amp, loss_amp = (torch.autocast(device.type, torch.bfloat16, enabled=kind == "bf16") for kind in (config.precision, config.loss_precision))
     stop, warned, floor = False, False, config.end_lr / config.lr
-    called = dict(model.named_children(), teacher=teacher, perceptual=perceptual, discriminator=discriminator)
-    if config.bench: stream, timed = itertools.repeat(next(stream)), bench(config, ranks, called)
-    else: ranks.begin(config.overwrite, path)                                 # from here on Ctrl-C lets the step end, then saves
+    if config.bench:
+        called = dict(model.named_children(), teacher=teacher, perceptual=perceptual, discriminator=discriminator)
+        stream, timed = itertools.repeat(next(stream)), bench(config, ranks, called)
+    else: ranks.begin([path] if config.overwrite else [])
     for step in bar:
         if config.bench and next(timed): return
         # Once in a while: validate, draw, save.
@@ -442,34 +448,32 @@ def train(config, model_config, ranks):
             batch = next(stream)
             images = batch["image"].to(dtype=dtype)                           # (b, 3, h, w); dtype is None, or float64
             net.require_backward_grad_sync = i == accumulate - 1              # DDP averages gradients in backward: once a step is enough
-            with amp:
-                X, Z_I, indices, vq_loss = net(images)                        # (b, 3, H, W), (b, N, d), (b, N), ()
-            X, target = full(X), resize(images, model_config.output_size)     # (b, 3, H, W) each; losses in float32 from here
-            terms = dict(l2=F.mse_loss(X, target), quant=vq_loss)                                                # eq. 2, 3
+            with amp: X_hat, Z_I, indices, vq_loss = net(images)              # (b, 3, H, W), (b, N, d), (b, N), ()
+            X_hat, X = full(X_hat), resize(images, model_config.output_size)  # (b, 3, H, W) each; losses in float32 from here
+            terms = dict(l2=F.mse_loss(X_hat, X), quant=vq_loss)                                                 # eq. 2, 3
             if perceptual:
-                with loss_amp: terms["perceptual"] = perceptual(target, X)
+                with loss_amp: terms["perceptual"] = perceptual(X, X_hat)
             if config.distill_weight and not frozen:
-                with torch.no_grad(), amp: teacher_Z_I = teacher(images)      # (b, N, d)
-                terms["distill"] = distill_loss(Z_I, teacher_Z_I)                                                # eq. 5
+                with torch.no_grad(), amp: T_X = teacher(images)              # (b, N, d)
+                terms["distill"] = distill_loss(Z_I, T_X)                                                        # eq. 5
             if adversarial:
-                discriminator.requires_grad_(False)                           # here it only judges X: no gradient of its own, so no DDP
-                with loss_amp: terms["adversarial"] = -full(discriminator(X)).mean()
+                discriminator.requires_grad_(False)                           # here it only judges X_hat: no gradient of its own, so no DDP
+                with loss_amp: terms["adversarial"] = -full(discriminator(X_hat)).mean()
             loss = sum(weights[name] * term for name, term in terms.items())                                     # eq. 4, 6
             (loss / accumulate).backward()
             if adversarial:
                 discriminator.requires_grad_(True)
                 d_net.require_backward_grad_sync = net.require_backward_grad_sync
-                with loss_amp:
-                    real, fake = full(d_net(torch.cat([target, X.detach()]))).chunk(2)                           # (b, 1, 16, 16) each
+                with loss_amp: logits = full(d_net(torch.cat([X, X_hat.detach()])))                              # (2 b, 1, 16, 16)
+                real, fake = logits.chunk(2)
                 real_mean, fake_mean = ranks.mean_with_grad(real.mean()), ranks.mean_with_grad(fake.mean())
                 terms["discriminator"] = hinge_d_loss(real, fake)
                 terms["lecam"] = lecam(real_mean, fake_mean, *discriminator.means)
                 ((terms["discriminator"] + config.lecam_weight * terms["lecam"]) / accumulate).backward()
                 discriminator.means.lerp_(torch.stack([real_mean, fake_mean]).detach(), 0.001)
-            for name, term in dict(terms, loss=loss).items():
-                logged[name] = logged.get(name, 0) + full(term.detach()) / accumulate
+            for name, term in dict(terms, loss=loss).items(): logged[name] = logged.get(name, 0) + full(term.detach()) / accumulate
             if indices is not None: counts.index_add_(0, indices.flatten(), torch.ones(indices.numel(), device=device))  # bincount waits for the GPU
-        logged |= dict(grad_norm=nn.utils.clip_grad_norm_(model.parameters(), config.clip), stop=X.new_full((), ranks.stop_asked))
+        logged |= dict(grad_norm=nn.utils.clip_grad_norm_(model.parameters(), config.clip), stop=loss.new_full((), ranks.stop_asked))
         if adversarial: logged["disc_grad_norm"] = nn.utils.clip_grad_norm_(discriminator.parameters(), config.clip)
         means = ranks.sum(torch.stack([*logged.values()])) / ranks.size
         logged = dict(zip(logged, means.tolist()))                            # the step's one wait for the GPU
@@ -480,7 +484,8 @@ def train(config, model_config, ranks):
         get_ema_multi_avg_fn(min(config.ema_decay, (1 + step) / (10 + step)))(averaged, learned, None)        # all weights in one call
         # ----------------------------------------------------------------------------------------------------------------
         if (step + 1) % config.log_every == 0:
-            (usage, perplexity, _), counts = code_usage(ranks.sum(counts)), torch.zeros_like(counts)
+            usage, perplexity, _ = code_usage(ranks.sum(counts))
+            counts.zero_()
             codes = dict(codebook_usage=usage, perplexity=perplexity) if model.quantizer else {}
             rate = config.batch_size * (bar.format_dict["rate"] or 0)
             log(step=step + 1, **logged, lr=config.lr * factor(0), images_per_s=rate, **codes, skipped=len(data.skipped) if data else 0)
@@ -488,8 +493,7 @@ def train(config, model_config, ranks):
             bar.set_postfix_str(f"loss {logged['loss']:.4f}, PSNR {-10 * math.log10(logged['l2']):.1f}, {shown}{rate:.0f} images/s")
             if codes and usage < 0.1 and step > config.warmup_steps and not warned:
                 warned = True
-                ranks.say(f"\nwarning: only {usage:.1%} of the codes are in use. Try a larger --codebook_dim (at least {model_config.dim}), "
-                          f"a longer --warmup_steps, a lower --lr, or a smaller --codebook_size")
+                ranks.say(f"\nwarning: only {usage:.1%} of the codes are in use. Try a larger --codebook_dim, more --warmup_steps, a lower --lr")
     if stop and not last:
         ranks.say(f"stopped at step {step}, all saved. Go on with: {next_command(sys.argv[0], config, resume=True)}")
     elif ranks.first:                                                         # save the tokenizer, tell what came of it and what comes next
@@ -584,9 +588,9 @@ def captions(scene):
     for task, n, relation, shapes, colors in zip(*(t.tolist() for t in (scene.task, scene.count, scene.relation, scene.shape, scene.color))):
         shapes = [SHAPES[s] for s in shapes[:n]]
         things = [article(s if TASKS[task] in ("single_object", "two_object") else f"{list(COLORS)[c]} {s}") for c, s in zip(colors, shapes)]
-        out.append(f"{NUMBERS[n]} {PLURAL[shapes[0]]}" if TASKS[task] == "counting" else
-                   f"{things[0]} {RELATIONS[relation]} {things[1]}" if TASKS[task] == "position" else
-                   " and ".join(filter(None, (", ".join(things[:-1]), things[-1]))))
+        if TASKS[task] == "counting": out.append(f"{NUMBERS[n]} {PLURAL[shapes[0]]}")
+        elif TASKS[task] == "position": out.append(f"{things[0]} {RELATIONS[relation]} {things[1]}")
+        else: out.append(", ".join(things[:-1]) + (" and " if n > 1 else "") + things[-1])
     return out
 
 def draw_atlas(side=64):

@@ -16,7 +16,7 @@ VQRAE: one tokenizer, two outputs. (CVPR 2026, "Representation Quantization Auto
 VQRAEConfig names the sizes: p patch_size, d dim, k codebook_size, e codebook_dim, q, beta; TrainConfig lambda_G disc_weight, lambda_d distill_weight.
 Losses: L_quant (eq. 3): SimVQ; L_P (eq. 2): PerceptualLoss; L_G (eq. 2): Discriminator, hinge_d_loss, lecam; L_distill (eq. 5): distill_loss.
 """
-import argparse, contextlib, dataclasses, datetime, inspect, io, json, math, os, re, shlex, shutil, signal, sys, time, urllib.request, warnings
+import argparse, contextlib, dataclasses, datetime, inspect, io, json, math, os, re, shlex, shutil, signal, sys, time, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin, constants, hf_hub_download
+from huggingface_hub import PyTorchModelHubMixin, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import ConvNeXt_Small_Weights, VGG16_Weights, convnext_small
@@ -140,26 +140,30 @@ def swap_encoder(mllm, encoder):
 def hub_file(repo, name, remedy="pass --encoder_weights FILE"):
     """A file of a hub repository: from the cache, else downloaded. No network: fails in seconds, where the hub's retries take a minute."""
     with contextlib.suppress(FileNotFoundError): return hf_hub_download(repo, name, local_files_only=True)     # else it is not in the cache
-    url = f"{constants.ENDPOINT}/{repo}/resolve/main/{name}"
-    with explained(f"cannot reach {url}: fetch it where there is a network, then {remedy}", OSError):
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=3).close()
+    url = hf_hub_url(repo, name)
+    with explained(f"cannot get {url}: fetch it where there is a network, then {remedy}"): get_hf_file_metadata(url, timeout=3)
     return hf_hub_download(repo, name)
+
+def weights_file(encoder, source):
+    """The path of `encoder`'s weights: `source` itself, or for "hub" timm's file of them, downloaded if need be."""
+    repo = encoder.vit.pretrained_cfg.get("hf_hub_id")
+    path = hub_file(repo, "model.safetensors") if source == "hub" and repo else source
+    if Path(path).is_file(): return path
+    raise UserError(f"no file {path}: --encoder_weights takes hub (where timm has the weights there), random, or a .safetensors or .pt file")
 
 def load_encoder_weights(encoder, source):
     """Fill `encoder` from `source`: "hub", "random" (left as it is), or a file. Every key must fit: a silent partial load
     leaves a ViT that looks fine and is not. Only the pooling head and the norm past the tap are dropped."""
     if source == "random": return
-    vit, repo = encoder.vit, encoder.vit.pretrained_cfg.get("hf_hub_id")
-    path = hub_file(repo, "model.safetensors") if source == "hub" and repo else source
-    if not Path(path).is_file():
-        raise UserError(f"no file {path}: --encoder_weights takes hub (where timm has the weights there), random, or a .safetensors or .pt file")
+    path, vit = weights_file(encoder, source), encoder.vit
     with explained(f"{path} cannot be read, or does not fit the encoder {vit.pretrained_cfg['architecture']}"):
         state = load_file(path) if str(path).endswith(".safetensors") else load_checkpoint(path)
         state = {key: value for key, value in to_timm_keys(state.get("encoder", state)).items()
                  if not key.startswith(("attn_pool.", "head.", "norm.", "fc_norm."))}
         if "pos_embed" in state and state["pos_embed"].shape != vit.pos_embed.shape:  # another image size
-            prefix = vit.num_prefix_tokens if state["pos_embed"].shape[1] != math.isqrt(state["pos_embed"].shape[1]) ** 2 else 0
-            state["pos_embed"] = timm.layers.resample_abs_pos_embed(state["pos_embed"], vit.patch_embed.grid_size, num_prefix_tokens=prefix)
+            patches_alone = math.isqrt(state["pos_embed"].shape[1]) ** 2 == state["pos_embed"].shape[1]              # no class token among them
+            state["pos_embed"] = timm.layers.resample_abs_pos_embed(state["pos_embed"], vit.patch_embed.grid_size,
+                                                                    num_prefix_tokens=0 if patches_alone else vit.num_prefix_tokens)
         vit.load_state_dict(state, strict=True)
 
 # ---- Quantiser ------------------------------------------------------------------------------------------------------
@@ -175,23 +179,19 @@ def nearest(z, codes, max_elements=1 << 23, candidates=6):
     """Index of the nearest (l2) row c of codes (k, e) for each row of z (M, e) -> (M,): the least |c - m|^2 / 2 - (z - m).c, which is half of
     |z - c|^2 less what all codes share; m, the mean code, keeps rounding small. At most `max_elements` distances exist at once (32 MB in float32;
     on a GPU 8 times as many). A large codebook's products are in bfloat16 where that is fast; float32 decides among the best `candidates`."""
-    mean, found, piece = codes.mean(0), [], max_elements * (8 if z.is_cuda else 1)
+    mean, piece = codes.mean(0), max_elements * (8 if z.is_cuda else 1)
     parts = codes.split(max(1, piece // 8 // codes.shape[1]))                 # centred in parts: never a copy of all codes
     half = torch.cat([(part - mean).square().sum(1) for part in parts]) / 2   # (k,)
-    in_bf16 = z.dtype == torch.float32 and codes.numel() >= 1 << 22 and has_bf16(z.device)
-    if in_bf16:
-        low = torch.cat([(part - mean).bfloat16() for part in parts])         # (k, e)
-        low_half = (half - half.mean()).bfloat16()                            # (k,)
-    for rows in z.split(max(1, piece // len(codes))):
-        rows = rows - mean                                                    # (m, e)
-        if not in_bf16:
-            found.append(torch.addmm(half, rows, codes.T, alpha=-1).argmin(1))
-            continue
-        rough = torch.addmm(low_half, rows.bfloat16(), low.T, alpha=-1)       # (m, k)
-        few = rough.topk(candidates, largest=False).indices                   # (m, candidates)
+    slices = (rows - mean for rows in z.split(max(1, piece // len(codes))))   # (m, e) each
+    if not (z.dtype == torch.float32 and codes.numel() >= 1 << 22 and has_bf16(z.device)):
+        return torch.cat([torch.addmm(half, rows, codes.T, alpha=-1).argmin(1) for rows in slices])      # all there is to it, in float32
+    low = torch.cat([(part - mean).bfloat16() for part in parts])             # (k, e)
+    low_half = (half - half.mean()).bfloat16()                                # (k,)
+    def find(rows):                                                           # (m, e) -> (m,)
+        few = torch.addmm(low_half, rows.bfloat16(), low.T, alpha=-1).topk(candidates, largest=False).indices     # (m, candidates)
         exact = half[few] - (codes[few] @ rows[:, :, None])[..., 0]           # (m, candidates)
-        found.append(few.gather(1, exact.argmin(1, keepdim=True))[:, 0])
-    return torch.cat(found)
+        return few.gather(1, exact.argmin(1, keepdim=True))[:, 0]
+    return torch.cat([find(rows) for rows in slices])
 
 class SimVQ(nn.Module):
     """SimVQ (Zhu et al. 2024), eq. 1: the codes are C W with C frozen and only W learned, so that one used code moves all of them and none
@@ -280,7 +280,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
     def start_on(self, Z_I, pixels):                                          # M patches: features (M, d), pixels (M, 3, p p)
         """Start the bottleneck on data. to_code: ridge regression from a patch's features to its pixels, in their principal components, so that
         latents close together look alike. Their standard deviation is 0.3: L_quant grows with its square, and at 1 drowns the other losses.
-        Codes: k-means of 16 k latents, detailed patches drawn more often: else flat ones take most codes. README, "Bottleneck start"."""
+        Codes: k-means of 16 latents a code, detailed patches drawn more often: else flat ones take most codes. README, "Bottleneck start"."""
         norm, linear = self.to_code
         x, y = norm(Z_I), pixels.flatten(1)                                   # (M, d), (M, 3 p p)
         mean = x.mean(0)
@@ -288,9 +288,9 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         A = torch.linalg.solve((x.T @ x).cpu() + 1e-3 * len(x) * torch.eye(x.shape[1]), (x.T @ (y - y.mean(0))).cpu()).to(x)  # (d, 3 p p)
         y_hat = x @ A                                                         # (M, 3 p p)
         axes = torch.linalg.eigh((y_hat.T @ y_hat).cpu()).eigenvectors.flip(1).to(x)          # (3 p p, 3 p p), the largest first
-        A = (A @ axes * (0.3 / y_hat.std()))[:, :len(linear.weight)]          # (d, n), n = min(e, 3 p p)
-        linear.weight.mul_(0.1)[:A.shape[1]] = A.T                            # dimensions beyond n stay small and random
-        linear.bias.zero_()[:A.shape[1]] = -mean @ A
+        A, n = (A @ axes * (0.3 / y_hat.std()))[:, :len(linear.weight)], min(len(linear.weight), len(axes))      # (d, n); n: of e and 3 p p
+        linear.weight.mul_(0.1), linear.bias.zero_()                          # dimensions beyond n stay small and random
+        linear.weight[:n], linear.bias[:n] = A.T, -mean @ A
         if self.quantizer:
             detail = (pixels.var(2).mean(1) + 5e-4) ** 0.85                   # (M,) variance within a patch; 5e-4: flat ones come too, but rarely
             self.quantizer.init_codebook(self.to_code(Z_I[torch.multinomial(detail, 16 * len(self.quantizer.codebook), replacement=True)]))
@@ -318,8 +318,7 @@ def build_lpips(weights=""):
     """LPIPS(VGG16). The lpips package carries its five linear layers; VGG16 is torchvision's, downloaded or a local file."""
     state = torchvision_weights(weights, VGG16_Weights.IMAGENET1K_V1.url, "--lpips_weights")
     import lpips                                                              # here, for it takes seconds
-    with warnings.catch_warnings(action="ignore"):                            # lpips calls torchvision the old way
-        net = lpips.LPIPS(net="vgg", verbose=False, pnet_rand=True)
+    with warnings.catch_warnings(action="ignore"): net = lpips.LPIPS(net="vgg", verbose=False, pnet_rand=True)       # calls torchvision the old way
     with explained("not the weights that --lpips_weights wants"):             # its five slices keep torchvision's numbers
         net.net.load_state_dict({key: state[re.sub(r"^slice\d", "features", key)] for key in net.net.state_dict()})
     return net
@@ -348,9 +347,7 @@ class PerceptualLoss(nn.Module):
         return [F.layer_norm(f, f.shape[-1:]) for f in x]
 
     def forward(self, x, y):
-        if self.kind == "vfm":
-            losses = [F.mse_loss(a, b) for a, b in zip(self.features(x), self.features(y))]
-            return sum(losses) / len(losses)
+        if self.kind == "vfm": return sum(F.mse_loss(a, b) for a, b in zip(self.features(x), self.features(y))) / 2         # two blocks
         loss = self.lpips(x * 2 - 1, y * 2 - 1).mean()                        # LPIPS wants [-1, 1]
         if self.kind == "lpips_convnext":
             x, y = (F.interpolate(i, size=224, mode="bilinear", antialias=True) for i in (x, y))
@@ -450,8 +447,8 @@ def compile_parts(*networks):
     options = dict(comprehensive_padding=False)                               # else so400m's rows of 4,304 are padded, and biases copied
     for part in (part for network in filter(None, networks) for part in network.modules()):
         name = type(part).__name__                                            # timm's and transformers' blocks; the losses' networks
-        if name in ("Block", "ConvNeXt", "LPIPS", "Discriminator"): part.compile(dynamic=False, options=options)
-        if name.endswith("DecoderLayer"): part.compile(options=options)       # lengths vary
+        if name in ("Block", "ConvNeXt", "LPIPS", "Discriminator") or name.endswith("DecoderLayer"):
+            part.compile(dynamic=None if name.endswith("DecoderLayer") else False, options=options)             # texts vary in length
 
 def uniform(seed, n): return torch.rand(n, generator=torch.Generator().manual_seed(seed % 2 ** 63))      # n numbers in [0, 1), the same for a seed
 def lr_factor(step, warmup, total, floor):
@@ -462,9 +459,9 @@ def lr_factor(step, warmup, total, floor):
 def ignore_signals(_):                            # torchrun and Ctrl-C signal a loader's workers too, but the training process alone decides
     for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, signal.SIG_IGN)
 
-def parse_config(cls, presets={}, model_class=None, argv=None):
+def parse_config(cls, presets={}, model_class=None, argv=None, **implied):
     """Dataclass fields -> flags, their comments the help, Literals the choices -> (config, model config or None, {field: origin of its value}).
-    presets: {"config tiny, stage 2": values where these flags are so}, the later winning. model_class: a second one, defaults from MODELS[config]."""
+    presets: {"config tiny, stage 2": values where these flags are so}. model_class: a second one, its defaults in MODELS. implied: more defaults."""
     classes = list(filter(None, (cls, model_class)))
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", "".join(inspect.getsource(c) for c in classes), re.M))
     parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS, prog=Path(sys.argv[0]).name)
@@ -478,12 +475,14 @@ def parse_config(cls, presets={}, model_class=None, argv=None):
         how = kinds.get(f.type, dict(type=type(choices[0]) if choices else f.type, choices=choices))
         parser.add_argument(f.name if f.type is tuple else f"--{f.name}", help=comments[f.name].replace("%", "%%"), **how)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value != []}
-    default = {f.name: f.default for f in dataclasses.fields(cls)}
-    facts = {f"{name} {value}" for name, value in (default | given).items()}
-    layers = [("default", default), ("model", dataclasses.asdict(MODELS[given.get("config", default["config"])]) if model_class else {}),
-              *((key, layer) for key, layer in presets.items() if facts.issuperset(key.split(", "))), ("flag", given)]
-    values = {name: value for _, layer in layers for name, value in layer.items()}
-    origin = {name: source for source, layer in layers for name in layer}
+    values, origin = {}, {}
+    def layer(source, chosen): values.update(chosen), origin.update(dict.fromkeys(chosen, source))       # later ones win
+    layer("default", {f.name: f.default for f in dataclasses.fields(cls)} | implied)
+    facts = {f"{name} {value}" for name, value in (values | given).items()}
+    if model_class: layer("model", dataclasses.asdict(MODELS[given.get("config", values["config"])]))
+    for key, preset in presets.items():
+        if facts.issuperset(key.split(", ")): layer(key, preset)
+    layer("flag", given)
     make = lambda c: c(**{f.name: values[f.name] for f in dataclasses.fields(c)})
     config = make(cls)
     config.given = given                                                      # for next_command
@@ -507,9 +506,9 @@ class Ranks:
         if "RANK" in os.environ and not dist.is_initialized():                # hours: rank 0 validates and saves alone
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))
 
-    def begin(self, overwrite, *old):                                         # old: checkpoints that --resume would go on from
-        """From now on SIGTERM and Ctrl-C ask for a stop between two steps; a second one stops at once. With `overwrite`, `old` are removed."""
-        for path in old if overwrite and self.first else (): path.unlink(missing_ok=True)
+    def begin(self, old):
+        """From now on no --resume finds the `old` checkpoints, and SIGTERM and Ctrl-C ask for a stop between two steps; a second stops at once."""
+        for path in old: path.unlink(missing_ok=True)
         def ask(number, _):
             self.stop_asked = True
             signal.signal(number, signal.SIG_DFL)
@@ -537,7 +536,7 @@ class Ranks:
         yield
         if self.first: self.wait()
 
-    def run(self, network):
+    def ddp(self, network):
         """`network` with its gradients averaged over the ranks."""
         if self.size == 1: return network
         network = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
@@ -553,14 +552,14 @@ class Log:
 
     def __call__(self, **values): print(json.dumps(values), file=self.file)
 
-def bench(config, ranks, parts):
-    """--bench N: how fast is a step? A generator to ask as each step begins: False, until N of them have been timed; then it prints
+def bench(config, ranks, parts={}, steps=1, unit="images"):
+    """--bench N: how fast is a step? A generator to ask as each begins (or each time `steps` begin): False, until N times are over; then it prints
     what they took. The first is counted, uncompiled, by torch's FlopCounterMode, attention as it is written here; two more warm up."""
-    cuda, table = ranks.device.type == "cuda", config.profile and torch.profiler.profile()
+    cuda, table = ranks.device.type == "cuda", parts and config.profile and torch.profiler.profile()
     for name, part in parts.items() if table else ():                         # {name: network or None} that are called: to name their forward passes
         if part: part.forward = torch.profiler.record_function(f"forward of {name}")(part.forward)
     aten, product, attention = torch.ops.aten, lambda q, k: 2 * math.prod(q) * k[2], {}       # FLOP of q k^T, as of each other product
-    for kind in ("flash_attention", "cudnn_attention", "efficient_attention", "flash_attention_for_cpu"):     # 2.11 knows no shared keys
+    for kind in ("flash_attention", "cudnn_attention", "efficient_attention", "flash_attention_for_cpu"):     # torch 2.11 fails at shared keys
         attention[getattr(aten, f"_scaled_dot_product_{kind}")] = lambda q, k, *_, **__: 2 * product(q, k)
         attention[getattr(aten, f"_scaled_dot_product_{kind}_backward")] = lambda _, q, k, *__, **___: 5 * product(q, k)
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False, custom_mapping=attention) as counter: yield False
@@ -570,13 +569,13 @@ def bench(config, ranks, parts):
         start = time.time()
         yield from [False] * config.bench
         if cuda: torch.cuda.synchronize()
-        seconds = (time.time() - start) / config.bench
+        seconds = (time.time() - start) / config.bench / steps
     if table: ranks.say(table.key_averages().table(sort_by=f"{'cuda' if cuda else 'cpu'}_time_total", row_limit=40))
-    flops, chip = counter.get_total_flops(), torch.cuda.get_device_name() if cuda else ranks.device.type
+    flops, chip = counter.get_total_flops() / steps, torch.cuda.get_device_name() if cuda else ranks.device.type
     peaks = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12}      # FLOP a second, dense, by NVIDIA's data sheets
     share = next((f" ({flops / seconds / peak:.1%} of its bf16 peak)" for name, peak in peaks.items() if name in chip), "")
     memory = f", at most {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if cuda else ""
-    ranks.say(f"{config.batch_size / seconds:.1f} images/s, {seconds * 1e3:.1f} ms a step of {config.batch_size}; a rank: "
+    ranks.say(f"{config.batch_size / seconds:.1f} {unit}/s, {seconds * 1e3:.2f} ms a step of {config.batch_size}; a rank: "
               f"{flops / 1e12:.3g} TFLOP a step in matrix products, convolutions and attention on {chip}{share}{memory}")
     yield True
 
@@ -613,9 +612,11 @@ def next_command(script, config, keep=None, **more):
     """The command to type next: `script`, a training as this run was started, with this run's flags (None: all) in `keep`, and `more`."""
     how = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if "RANK" in os.environ and "train" in Path(script).name else "python"
     flags = {name: value for name, value in config.given.items() if (name != "overwrite" if keep is None else name in keep)} | more
-    words = [(f"--{name}",) if value is True else (f"--no-{name}",) if value is False else value if isinstance(value, tuple) else
-             (f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)) for name, value in flags.items()]
-    return f"{how} {shlex.join([str(Path(sys.argv[0]).with_name(Path(script).name)), *(word for pair in words for word in pair)])}"
+    words = [str(Path(sys.argv[0]).with_name(Path(script).name))]
+    for name, value in flags.items():
+        if isinstance(value, bool): words.append(f"--{name}" if value else f"--no-{name}")
+        else: words += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return f"{how} {shlex.join(words)}"
 
 def check_finite(losses, step, remedy="what was saved is whole; try a lower --lr, more --warmup_steps, or --precision float32, then --resume"):
     for name, value in losses.items():                                        # the first NaN or infinite one is named
