@@ -8,7 +8,7 @@ How good is a tokenizer? Every number with its protocol.
     python eval.py --curves                            the logs of a run as curves.png
     python eval.py --generation                        pictures that train_ar.py's generator draws on demand -> geneval in eval.json
 """
-import collections, contextlib, itertools, json, math, time
+import collections, contextlib, itertools, json, math, os, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -111,15 +111,14 @@ def reconstruction(model, nets, dataset, positions, config, ranks):
             unseen = scene.present & HELD_OUT[scene.shape, scene.color]
             originals, right = (objects_right(resize(i, SIDE).cpu(), scene) for i in (x, y))
             objects += torch.stack([scene.present, originals, right, unseen, right & unseen]).sum((1, 2))
-    names = sorted({name for name, _ in features})
-    out = {name: frechet(*(ranks.sum(features[name, side]) for side in (0, 1))) for name in names}
+    out = {name: frechet(*(ranks.sum(features[name, side]) for side in (0, 1))) for name in sorted({name for name, _ in features})}
     sums = dict(zip(sums, ranks.sum(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()))
     n, counts = int(sums.pop("num_images")), ranks.sum(counts)
     out |= {name: total / n for name, total in sums.items()} | dict(num_images=n)
     if dataset is None:
         present, originals, right, unseen, right_unseen = ranks.sum(objects).tolist()
         out |= dict(objects_right=right / present, objects_right_originals=originals / present, objects_right_held_out=right_unseen / max(1, unseen))
-    small = [name for name in names if n < (2048 if name == "rfid" else 2 * model.config.dim)]
+    small = [name for name, least in (("fd_vfm", 2 * model.config.dim), ("rfid", 2048)) if name in out and n < least]
     out["reasons"] = dict(few_images=f"{n} images are too few for a steady {' and '.join(small)}") if small else {}
     if dataset and (skipped := ranks.sum(torch.tensor(len(dataset.skipped))).item()):
         out["reasons"]["skipped"] = f"{skipped} unreadable images: those after them are scored again"
@@ -341,8 +340,8 @@ def draw_curves(out):
     _, axes = plt.subplots(1, 3, figsize=(15, 4))
     for axis, keys in zip(axes, (("loss", "val_loss"), ("val_psnr",), ("codebook_usage", "val_codebook_usage"))):
         for (name, rows), key in itertools.product(logs.items(), keys):
-            if points := [(row["step"], row[key]) for row in rows if key in row]: axis.plot(*zip(*points), label=f"{name}: {key}")
-        axis.set(xlabel="step", yscale="log" if keys[0] == "loss" else "linear"), axis.legend()
+            if points := [(row["step"], row[key]) for row in rows if key in row]: axis.plot(*zip(*points), marker=".", label=f"{name}: {key}")
+        axis.set(xlabel="step", yscale="log" if keys[0] == "loss" else "linear"), axis.lines and axis.legend()
     plt.savefig(out / "curves.png", bbox_inches="tight")
     print(f"wrote {out / 'curves.png'}")
 
@@ -362,11 +361,13 @@ def main():
     ranks, out = Ranks(config.device), Path(config.out_dir)
     if ranks.first: print_config(origin, config)
     out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK): raise UserError(f"--out_dir {out} cannot be written to")
     if config.curves: return draw_curves(out)
     if config.generation and not ranks.first: return
     score = generation if config.generation else vqa if config.vqa else evaluate
     folders = config.tokenizers or [f"{config.out_dir}/tokenizer"]
-    for folder in folders[1:]: load_tokenizer(folder)                         # or the first's hour would be lost
+    load = load_mllm if config.vqa else load_generator if config.generation else lambda _, folder: load_tokenizer(folder)
+    for folder in folders[1:]: load(config.out_dir, folder)                   # or the first's hour would be lost
     results = {folder: score(folder, config, ranks) for folder in folders}
     if ranks.first:
         for folder in folders: results[folder]["tokenizer"] = identity(folder)

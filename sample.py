@@ -33,7 +33,6 @@ class SampleConfig:
     device: str = ""                      # cuda, mps or cpu; "": the first of them that is there
     precision: Literal["bf16", "float32"] = "bf16"  # of the language model; the tokenizer stays float32
     compile: bool = True                  # torch.compile, on a GPU alone
-    # what to draw, and where
     prompt: list = None                   # a caption; may be given several times
     prompts: str = ""                     # a file of captions, one a line
     geneval: str = ""                     # GenEval's evaluation_metadata.jsonl
@@ -43,7 +42,6 @@ class SampleConfig:
     out: str = ""                         # folder for the pictures; "": out_dir/samples, out_dir/geneval or out_dir/dpg
     num_images: int = 0                   # pictures a caption; 0: one, but four for --geneval and --dpg
     resolution: int = 0                   # pixels a side of a picture; 0: as the tokenizer makes it
-    # how
     guidance: float = 7.5                 # [LlamaGen] s in u + s (c - u); 1: none
     temperature: float = 1.0              # [LlamaGen] 0: always the likeliest code
     top_k: int = 1000                     # [LlamaGen] draw among the k likeliest codes; 0: all
@@ -152,12 +150,12 @@ def answer(mllm, text_tokenizer, Z_I, questions, max_new_tokens=64):
 def converse(config, device):
     """Answer --ask about --image, with the tokenizer's own encoder in the place of the VFM that the MLLM was trained on."""
     mllm, text_tokenizer, tokenizer = load_mllm(config.out_dir, config.tokenizer, device, config.dtype)
-    for question in config.ask:
-        if "<image>" in question: raise UserError("--ask: leave <image> out, it is put before the question")
-        check_text(question, f"--ask {question[:40]!r}", text_tokenizer, mllm.lm.config.understand["max_length"] - tokenizer.config.num_tokens - 12)
     with explained(f"--image {config.image} cannot be read as an image"): image = square(config.image, tokenizer.config.image_size)
-    Z_I = tokenizer.encode(image[None].to(device)).expand(len(config.ask), -1, -1)
-    print(*map(" ".join, zip(config.ask, answer(mllm, text_tokenizer, Z_I, config.ask))), sep="\n")
+    asked = [question.replace("<image>", "").strip() for question in config.ask]           # which answer() puts first itself
+    room = mllm.lm.config.understand["max_length"] - tokenizer.config.num_tokens - 12      # USER: ASSISTANT:
+    for question in asked: check_text(question, f"--ask {question[:40]!r}", text_tokenizer, room)
+    Z_I = tokenizer.encode(image[None].to(device)).expand(len(asked), -1, -1)
+    print(*map(" ".join, zip(asked, answer(mllm, text_tokenizer, Z_I, asked))), sep="\n")
 
 # ---- What to draw ---------------------------------------------------------------------------------------------------
 Job = collections.namedtuple("Job", "prompt seeds path where line", defaults=[""])   # a seed a picture, one file; who gave the prompt; GenEval's line
@@ -167,7 +165,7 @@ def read_jobs(config):
     each = config.num_images or (4 if config.geneval or config.dpg else 1)
     seeds = lambda prompt: [zlib.crc32(f"{config.seed + j} {prompt}".encode()) for j in range(each)]     # no two captions share chance
     read = lambda file: [line.rstrip("\n") for line in open(file, encoding="utf-8-sig", errors="replace")]
-    out, jobs = Path(config.out or f"{config.out_dir}/{'geneval' if config.geneval else 'dpg' if config.dpg else 'samples'}"), []
+    out, jobs = Path(config.out or f"{config.out_dir}/{'geneval' if config.geneval else 'dpg' if config.dpg else 'samples'}").absolute(), []
     if config.geneval:                            # OUT/00003/metadata.jsonl, OUT/00003/samples/00000.png, ...
         for i, line in enumerate(read(config.geneval)):
             where = f"{config.geneval}, line {i + 1}"
@@ -236,8 +234,8 @@ def main():
     bar.close()
     ranks.wait()
     if ranks.first and not (config.dpg or config.geneval): save_image(shown, out / "grid.png", nrow=8)
-    if config.dpg: ranks.say(f"\nNext, in DPG-Bench's repository: compute_dpg_bench.py --image-root-path {out} --pic-num 4 --resolution {resolution}")
-    elif config.geneval: ranks.say(f"\nNext, in GenEval's repository: evaluation/evaluate_images.py {out} --outfile results.jsonl")
+    if config.dpg: ranks.say(f"\nNext, in DPG-Bench's folder: compute_dpg_bench.py --image-root-path '{out}' --pic-num 4 --resolution {resolution}")
+    elif config.geneval: ranks.say(f"\nNext, in GenEval's folder: evaluation/evaluate_images.py '{out}' --outfile results.jsonl")
     else: ranks.say(f"\n{len(jobs)} pictures in {out}; {len(shown)} of them together in {out / 'grid.png'}")
 
 if __name__ == "__main__":

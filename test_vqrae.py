@@ -1403,7 +1403,7 @@ def test_understanding_end_to_end(trained, tmp_path):
     said = run(*flags, "--total_steps", 3)
     assert re.search("Next: python eval.py .*--vqa", said) and losses(out / "log_pretrain.jsonl").keys() == losses(out / "log_sft.jsonl").keys() == {1, 2, 3}
     config, _, _ = vqrae.parse_config(train_ar.ARConfig, train_ar.PRESETS, argv=[*map(str, flags[1:]), "--phase", "pretrain"])
-    task = train_ar.Understand(config, vqrae.Ranks("cpu"), out / "mllm")
+    task = train_ar.Understand(config, vqrae.Ranks("cpu"), out / "mllm", None)
     fresh, states = task.net.state_dict(), [vqrae.load_checkpoint(out / "mllm" / f"{phase}.pt")["model"] for phase in ("pretrain", "sft")]
     moved = [{name.split(".")[0] for name in state if not torch.equal(state[name], before[name])} for before, state in ((fresh, states[0]), states)]
     assert moved == [{"connector"}, {"connector", "lm"}]
@@ -1427,6 +1427,17 @@ def test_understanding_end_to_end(trained, tmp_path):
     state = load_file(other / "teacher.safetensors")
     save_file({name: value * 1.01 for name, value in state.items()}, other / "teacher.safetensors")
     assert "reads another VFM" in run_inside("eval.py", str(other), "--vqa", "--num_images", "16", "--out_dir", str(out), "--device", "cpu")
+    assert "reads another VFM" in run_inside("eval.py", str(out / "tokenizer"), str(other), "--vqa", "--num_images", "512", "--out_dir", str(out), "--device", "cpu")
+    assert "another VFM" in run_inside("train_ar.py", *map(str, flags[1:]), "--overwrite", "--phase", "sft", "--tokenizer", str(other))
+    moved = MODELS["tiny"]                                                    # a VFM that the tokenizer does not carry goes by its file's bytes
+    one, two = (tmp_path / name / "tower.safetensors" for name in ("one", "two"))
+    for tower, factor in ((one, 1), (two, 2)):
+        tower.parent.mkdir()
+        save_file({"x": torch.full((4,), float(factor))}, tower)
+    first, second = (train_ar.reads(tmp_path, replace(moved, encoder_weights=str(tower))) for tower in (one, two))
+    assert first["teacher"] != second["teacher"]
+    with pytest.raises(UserError, match="no file .*gone.*put it there"):
+        vqrae.load_teacher(tmp_path, replace(moved, encoder_weights=str(tmp_path / "gone.safetensors")))
     stage1, stage2 = found.values()
     assert stage1["vqa_teacher"] == stage2["vqa_teacher"] == stage1["vqa_features"]                 # stage 1's encoder is the teacher
     assert set(stage2["vqa_tokens"]) == {"presence", "counting", "color", "position", "overall"} and set(stage2["pope_features"]) == {"accuracy", "precision", "recall", "f1"}
@@ -1435,13 +1446,21 @@ def test_understanding_end_to_end(trained, tmp_path):
     flags = [*map(str, flags[1:]), "--data", str(tmp_path / "data.json"), "--total_steps", "2", "--overwrite"]
     for rows, message in [([row] * 30 + [dict(conversations=[])], "no error"), ([dict(row, image="none.png")] * 30, "no file"), ("{", "not LLaVA's JSON"),
                           ([dict(row, conversations=row["conversations"][:1])] * 30, "not LLaVA's JSON"),
-                          ([dict(row, conversations=[{"value": None}, {"value": "yes"}])] * 30, "not LLaVA's JSON"),
+                          ([row] * 20 + [dict(row, conversations=[{"value": None}, {"value": "yes"}])], "conversation 20 (from 0): not LLaVA's JSON"),
+                          ([dict(row, conversations=row["conversations"][::-1])] * 30, "gpt speaks first"),
                           ([dict(row, conversations=[{"value": "is it?"}, {"value": "yes"}])] * 30, "exactly once"), ([row], "too few to hold")]:
         (tmp_path / "data.json").write_text(rows if isinstance(rows, str) else json.dumps(rows))
         assert message in run_inside("train_ar.py", *flags)
     (tmp_path / "bad.png").write_bytes(b"no picture")
     (tmp_path / "data.json").write_text(json.dumps([row] * 10 + [dict(row, image="bad.png")]))
-    assert "bad.png" in run("train_ar.py", *flags)
+    said = run("train_ar.py", *flags)
+    assert "bad.png" in said and re.search(r"Next: python sample.py .*--image .*picture.png --ask 'is it red\?'", said)
+    long = dict(row, conversations=[{"from": "human", "value": "<image>\n" + "is it red " * 99}, row["conversations"][1]])
+    (tmp_path / "data.json").write_text(json.dumps([row] * 10 + [long] * 11))
+    said = run("train_ar.py", *flags, "--max_length", "64", "--micro_batch", "1")         # alone in its micro-batch, it gives way to the next
+    assert "do not fit into --max_length 64" in said
+    (tmp_path / "data.json").write_text(json.dumps([long] * 30))
+    assert "do not fit into --max_length 64" in run_inside("train_ar.py", *flags, "--max_length", "64")
     file.write_bytes(b"no picture")
     (tmp_path / "data.json").write_text(json.dumps([row] * 30))
     assert "no readable image" in run_inside("train_ar.py", *flags)
@@ -1591,7 +1610,11 @@ def test_stage_2_wants_the_stage_1_that_it_began_from_with_its_encoder_frozen(tr
     stage2 = [*WEE, "--out_dir", str(tmp_path), "--stage", "2"]
     assert run_inside("train_tokenizer.py", *stage2) == "no error"
     assert run_inside("train_tokenizer.py", *new, "--overwrite", "--seed", "1") == "no error"
-    assert "is not what this stage 2 began from" in run_inside("train_tokenizer.py", *stage2, "--resume", "--total_steps", "9")
+    assert run_inside("train_tokenizer.py", *stage2, "--resume", "--total_steps", "8") == "no error"        # of the same VFM: all else is in stage2.pt
+    assert "does not fit these flags" in run_inside("train_tokenizer.py", *stage2, "--resume", "--total_steps", "9", "--disc_width", "8")
+    other = [*WEE, "--out_dir", str(tmp_path), "--overwrite", "--seed", "1"]
+    assert run_inside("train_tokenizer.py", *other, "--stage", "0") == run_inside("train_tokenizer.py", *other) == "no error"
+    assert "is not the one that this stage 2 began from" in run_inside("train_tokenizer.py", *stage2, "--resume", "--total_steps", "9")
     assert run_inside("train_tokenizer.py", *new, "--overwrite", "--encoder_lr", "0.01") == "no error"
     assert "moved its encoder" in run_inside("train_tokenizer.py", *stage2, "--overwrite")
 

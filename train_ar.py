@@ -3,7 +3,6 @@ Train a language model on the tokenizer's two outputs: to write pictures in code
 
     python train_ar.py                              tiny: a small random Qwen3 on drawn shapes, after train_tokenizer.py. CPU
     torchrun --nproc_per_node=8 train_ar.py --config internvit_448 --data 'FOLDER or shards-{000..127}.tar' --micro_batch 8
-    ... --resume                                    go on after a stop (bit for bit on a CPU)
     python train_ar.py --task understand            tiny: answer questions about drawn shapes; both phases
     torchrun --nproc_per_node=8 train_ar.py --config siglip2_256 --task understand --phase pretrain --data LLAVA.json --images DIR     and --phase sft
 
@@ -17,7 +16,7 @@ Without a caption a sequence begins at BOI: the unconditional prompt of classifi
     USER: z_1 z_2 ... z_N how many rings are there? ASSISTANT: two </s> USER: ... ASSISTANT: ... </s> <pad> ...       phase sft
           z_1 z_2 ... z_N a red circle </s> <pad> ...                                                                 phase pretrain
 """
-import contextlib, functools, hashlib, io, itertools, json, shlex, sys, time, zlib
+import contextlib, functools, hashlib, io, itertools, json, sys, time, zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,21 +24,19 @@ from typing import Literal
 import numpy as np
 import tokenizers
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
-from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import save_image
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, logging
 
-from train_tokenizer import (COLORS, NUMBERS, PLURAL, SHAPES, VALIDATION, Images, article, batches, captions, decode, fingerprint, plan, render,
+from train_tokenizer import (COLORS, NUMBERS, PLURAL, SHAPES, VALIDATION, Images, article, batches, captions, crop, decode, fingerprint, plan, render,
                              shuffled, uniforms)
 from vqrae import (Log, Ranks, UserError, bench, check_finite, check_run, check_same, command_line, compile_parts, explained, full, hub_file,
                    ignore_signals, load_checkpoint, load_teacher, load_tokenizer, lr_factor, next_command, no_autocast, open_run, parse_config,
-                   print_config, report, resize, save_checkpoint, split_batch, uniform)
+                   print_config, report, resize, save_checkpoint, split_batch, teacher_source, uniform)
 
 logging.set_verbosity_error(), logging.disable_progress_bar()                 # transformers' own
 
@@ -66,7 +63,7 @@ class ARConfig:
     seed: int = 0                         # of weights, files' order and dropped captions
     # model
     lm: str = "Qwen/Qwen3-0.6B"           # [T9] a language model of transformers by hub name or local folder, Qwen3 to generate; or random
-    lm_config: dict = None                # what Qwen3Config is made of for --lm random, whose words are those of the captions
+    lm_config: dict = None                # all that Qwen3Config is made of for --lm random, whose words are those of the captions
     max_length: int = 1536                # [T9] tokens of caption and picture, or of a conversation; longer texts are cut
     # data
     batch_size: int = 512                 # [T9] images a step, over all ranks and accumulation
@@ -83,7 +80,6 @@ class ARConfig:
     eps: float = 1e-15                    # [T9]
     weight_decay: float = 0.0             # [T9]
     clip: float = 1.0                     # [T9] gradient norm
-    # once in a while
     log_every: int = 50                   # [ours] steps
     eval_every: int = 2500                # [ours] validation loss and a grid of samples
     save_every: int = 2500                # [ours]
@@ -113,15 +109,15 @@ PRESETS = {
 }
 
 SHARED = {"config", "out_dir", "device", "tokenizer"}                         # flags that the next command takes over,
-CARRIED = SHARED | {"lm", "lm_config", "micro_batch", "num_workers", "precision", "compile", "checkpointing", "seed"}      # and SFT
+CARRIED = SHARED | set("data val_data images lm lm_config max_length micro_batch num_workers precision compile checkpointing seed".split())  # and SFT
 
 # ---- Language model and layout. What sets ours apart from any other Qwen3 is written in its config as `visual`:
 # offset and codes (the ids offset ... offset + codes - 1 are pictures), tokens (N), boi, eoi, max_length, and which tokenizer.
 BOI, EOI = "<|vision_start|>", "<|vision_end|>"   # Qwen3's own names; other text tokenizers are given them
 PAD, UNKNOWN, END, IMAGE = "<pad>", "<unk>", "</s>", -1       # IMAGE: one feature of Z_I among the ids
 
-def identity(folder, name="model.safetensors"):   # what tells one tokenizer or teacher from another: a hash of its weights
-    return hashlib.sha256(np.memmap(Path(folder) / name, mode="r")).hexdigest()[:16]
+def identity(path):                               # what tells one tokenizer (folder) or teacher (file) from another: a hash of its weights
+    return hashlib.sha256(np.memmap(path if Path(path).is_file() else Path(path) / "model.safetensors", mode="r")).hexdigest()[:16]
 
 def word_tokenizer(texts):
     """A text tokenizer of the words and punctuation marks in `texts`, in lower case."""
@@ -238,6 +234,7 @@ def open_codes(source, part, config, tokenizer, which, ranks):
         here = todo[64 * i:64 * (i + 1)]
         rows["codes"][here], rows["text"][here], rows["done"][here] = tokenizer.tokenize(batch["image"]).cpu(), texts, True
     rows.flush()
+    if dataset.skipped: ranks.say(f"{len(dataset.skipped)} unreadable images, in whose place the next ones stand")
     ranks.wait()
     if ranks.first:
         for other in others: other.unlink()
@@ -278,24 +275,26 @@ class MLLM(nn.Module):
 class Conversations(Images):
     """LLaVA's JSON by position: [{"image": path, "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", ...}]}, ...]."""
     def read(self, file, folder):
-        folder = Path(folder or Path(file).parent)
-        with explained(f"{file}: not LLaVA's JSON, a list of objects with image and conversations, human and gpt in turn"):
-            rows = json.loads(Path(file).read_text("utf-8"))
-            pairs = [(row["image"], zip(row["conversations"][::2], row["conversations"][1::2], strict=True)) for row in rows if "image" in row]
-            records = [dict(name=folder / name, turns=[(q["value"].strip(), a["value"].strip()) for q, a in turns]) for name, turns in pairs]
-        if len(records) < len(rows): print(f"{file}: {len(rows) - len(records)} conversations have no image and are left out")
-        for number, record in enumerate(records):
-            marks, where = sum(question.count("<image>") for question, _ in record["turns"]), f"{file}, conversation {number} with an image"
+        folder, records = Path(folder or Path(file).parent), []
+        with explained(f"{file}: not LLaVA's JSON, a list of objects"): rows = [*json.loads(Path(file).read_text("utf-8"))]
+        for number, row in enumerate(rows):
+            where = f"{file}, conversation {number} (from 0)"
+            with explained(f"{where}: not LLaVA's JSON, image and conversations, human and gpt in turn"):
+                if "image" not in row: continue
+                turns = [(q["value"].strip(), a["value"].strip()) for q, a in zip(row["conversations"][::2], row["conversations"][1::2], strict=True)]
+                if row["conversations"][0].get("from") == "gpt": raise ValueError("gpt speaks first")
+            marks = sum(question.count("<image>") for question, _ in turns)
             if marks != 1: raise UserError(f"{where}: <image> must stand in its questions exactly once, not {marks} times")
-            if not record["name"].is_file(): raise UserError(f"{where}: no file {record['name']}; --images DIR names the folder")
+            records.append(dict(name=folder / row["image"], turns=turns, question=turns[0][0].replace("<image>", "").strip()))
+        if records and not records[0]["name"].is_file(): raise UserError(f"{file}: no file {records[0]['name']}; --images DIR names the folder")
+        if len(records) < len(rows): print(f"{file}: {len(rows) - len(records)} conversations have no image and are left out")
         return records
 
-    def load(self, record, _): return dict(image=square(record["name"], self.size), turns=record["turns"])
+    def load(self, record, _): return self.encode(record["turns"]) | dict(image=square(record["name"], self.size))
 
 def square(file, size):
     """An image file, padded with grey to a square, as LLaVA-1.5 has it: nothing is cut off. -> (3, size, size) in [0, 1]."""
-    image = ImageOps.pad(decode(Path(file).read_bytes()), (size, size), Image.Resampling.BICUBIC, color=(127, 127, 127))
-    return TF.to_dtype(TF.pil_to_tensor(image), scale=True)
+    return crop(ImageOps.pad(decode(Path(file).read_bytes()), (size, size), Image.Resampling.BICUBIC, color=(127, 127, 127)), size) / 255
 
 def questions(index, scene):
     """Picture numbers (B,) and their Scene -> for each picture its {question: (kind, answer)}, shuffled: of presence and counting one each, of
@@ -332,17 +331,16 @@ def questions(index, scene):
     return out
 
 def shapes_turns(index, size, phase):
-    """Picture numbers (B,) -> B pairs of image (3, size, size) and its turns: a caption to pretrain on, else questions of four kinds."""
+    """Picture numbers (B,) -> images (B, 3, size, size) and the turns of each: a caption to pretrain on, else questions of four kinds."""
     scene = plan(index)
     turns = [[(question, answer) for question, (_, answer) in them.items()] for them in questions(index, scene)]
     if phase == "pretrain": turns = [[("", caption)] for caption in captions(scene)]
-    return [dict(image=image, turns=[("<image>\n" + question, answer), *more])
-            for image, ((question, answer), *more) in zip(resize(render(scene), size), turns)]
+    return resize(render(scene), size), [[("<image>\n" + question, answer), *more] for (question, answer), *more in turns]
 
 def reads(folder, model_config):
-    """What an MLLM trained on a tokenizer's teacher reads, for its config. Real VFMs go by their source, ours by a hash of the weights."""
-    beside = (Path(folder) / "teacher.safetensors").is_file()
-    teacher = identity(folder, "teacher.safetensors") if beside else f"{model_config.encoder}, {Path(model_config.encoder_weights).name}"
+    """What an MLLM trained on a tokenizer's teacher reads, for its config. VFMs go by their name on the hub, else by a hash of the weights."""
+    source = teacher_source(folder, model_config)
+    teacher = identity(source) if Path(source).is_file() else f"{model_config.encoder}, {source}"
     return dict(dim=model_config.dim, tokens=model_config.num_tokens, image_size=model_config.image_size, teacher=teacher)
 
 def load_mllm(out_dir, tokenizer_folder, device="cpu", dtype=torch.float32):
@@ -359,13 +357,14 @@ def load_mllm(out_dir, tokenizer_folder, device="cpu", dtype=torch.float32):
 # ---- Training. Each task has a network, batches by position, a loss, a validation and files; the loop below is the same.
 class Generate:
     """Captions -> codes. The whole language model learns."""
-    def __init__(self, config, ranks, folder):
+    def __init__(self, config, ranks, folder, resumed):
         self.config, self.device, self.folder, self.encoder = config, ranks.device, folder, None
         self.tokenizer, self.which = load_tokenizer(config.tokenizer, ranks.device), identity(config.tokenizer)
+        if resumed: check_same(resumed, dict(tokenizer=self.which), f"{folder} learned from another tokenizer, pass that one or --overwrite")
         if self.tokenizer.quantizer is None: raise UserError(f"{config.tokenizer} has no codes (quantizer none): train one with --quantizer simvq")
-        if config.max_length < (least := self.tokenizer.config.num_tokens + 3):
-            raise UserError(f"--max_length {config.max_length} has no room for a picture, its two marks and a caption: at least {least}")
-        self.draw = functools.cache(self.draw)                                # each batch of shapes is drawn and tokenized once
+        if config.max_length < (least := self.tokenizer.config.num_tokens + 18):
+            raise UserError(f"--max_length {config.max_length} has no room for a picture, its two marks and a caption of 16 tokens: at least {least}")
+        self.draw, self.note = functools.cache(self.draw), functools.cache(tqdm.write)          # a batch of shapes is drawn, a note written once
         if config.lm != "random":                                             # before the codes, which may take hours: a wrong --lm fails at once
             self.lm, self.text_tokenizer = build_lm(config, [])
             if self.lm.config.model_type != "qwen3": raise UserError(f"--lm {config.lm} is no Qwen3, which --task generate is made for")
@@ -395,7 +394,9 @@ class Generate:
         dropped = lambda p: not val and uniform(self.config.seed * 1_000_003 + p, 1).item() < self.config.caption_drop
         for part in parts:
             codes, texts = self.fetch(part, val)
-            yield *layout(self.text_tokenizer, self.visual, ["" if dropped(p) else text for p, text in zip(part, texts)], codes), codes
+            ids, mask = layout(self.text_tokenizer, self.visual, ["" if dropped(p) else text for p, text in zip(part, texts)], codes)
+            if ids.shape[1] == self.config.max_length: self.note("note: long captions are cut; a larger --max_length keeps more of them")
+            yield ids, mask, codes
 
     def loss(self, net, ids, mask, codes):
         """Mean cross-entropy (nats) of the N codes of each layout; -> scalar, float32."""
@@ -411,16 +412,17 @@ class Generate:
         ids = self.lm.generate(ids, attention_mask=mask, max_new_tokens=N, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                                suppress_tokens=list(range(offset)))           # all words, and the end of a text
         save_image(self.tokenizer.detokenize(ids[:, -N:] - offset).float().clamp(0, 1), self.folder.parent / "samples.png", nrow=8)
-        self.next = next_command("sample.py", self.config, SHARED, prompt=next(filter(None, self.fetch(range(16))[1]), ""))
+        self.next = next_command("sample.py", self.config, SHARED, prompt=min(self.fetch(range(16))[1], key=len))
         return dict(val_loss=total)
 
 class Understand:
     """Questions about images -> answers, by a language model that reads the frozen VFM's Z_I. The connector learns, in SFT the LLM too."""
-    def __init__(self, config, ranks, folder):
+    def __init__(self, config, ranks, folder, resumed):
         self.config, self.device = config, ranks.device
         model_config = load_tokenizer(config.tokenizer).config                # only its teacher matters here
         understand = reads(config.tokenizer, model_config)
         self.which, self.size, self.tokens = understand["teacher"], model_config.image_size, model_config.num_tokens
+        if resumed: check_same(resumed, dict(tokenizer=self.which), f"{folder} learned from another VFM, pass its --tokenizer or --overwrite")
         self.encoder = load_teacher(config.tokenizer, model_config).to(ranks.device)
         if config.max_length <= self.tokens: raise UserError(f"--max_length {config.max_length} cannot hold {self.tokens} features and a question")
         if config.data == "shapes":
@@ -433,48 +435,54 @@ class Understand:
                      for turn in self.data.record(i)["turns"] for text in turn]
         self.lm, self.text_tokenizer = build_lm(config, texts + ["USER: ASSISTANT:"])
         self.lm.config.understand = understand | dict(max_length=config.max_length)
+        if self.text_tokenizer.eos_token_id is None: raise UserError(f"the tokenizer of --lm {config.lm} has no eos_token, with which answers end")
+        for data in filter(None, (self.data, self.val)): data.encode = self.encode
         self.net = MLLM(self.lm, model_config.dim)
         if config.phase == "sft":
             before = folder / "pretrain.pt"
             if not before.exists(): raise UserError(f"SFT starts from {before}, which is not there: run --phase pretrain first")
             with explained(f"{before} is of another language model, or of other texts"):
                 self.net.load_state_dict((pretrained := load_checkpoint(before))["model"])
-            ranks.say(f"from step {pretrained['step']} in {before}")
+            check_same(pretrained, dict(tokenizer=self.which), f"{before} learned from another VFM")
         self.lm.requires_grad_(config.phase == "sft")
+
+    def encode(self, turns):
+        """[(question, answer), ...] of an image -> its ids and scored, cut to max_length; refused if image or answer are cut off."""
+        ids, scored = (x[:self.config.max_length] for x in chat(self.text_tokenizer, turns, self.tokens, self.config.phase == "pretrain"))
+        if ids.count(IMAGE) == self.tokens and any(scored): return dict(ids=ids, scored=scored)
+        raise UserError(f"image and answer do not fit into --max_length {self.config.max_length}")
 
     def collate(self, rows):
         for line in (line for row in rows for line in row.get("skipped", "").splitlines()): tqdm.write(f"skipped {line}")
-        chats = [chat(self.text_tokenizer, row["turns"], self.tokens, self.config.phase == "pretrain") for row in rows]
-        chats = [(ids[:self.config.max_length], scored[:self.config.max_length]) for ids, scored in chats]
-        whole = [i for i, (ids, scored) in enumerate(chats) if ids.count(IMAGE) == self.tokens and any(scored)]     # else cut before image or answer
-        if not whole: raise UserError(f"none of these {len(rows)} conversations has image and answer within --max_length {self.config.max_length}")
-        ids, scored = zip(*(chats[i] for i in whole))
-        return pad(ids, "right"), pad(scored, "right"), torch.stack([rows[i]["image"] for i in whole])
+        return *(pad([row[name] for row in rows], "right") for name in ("ids", "scored")), torch.stack([row["image"] for row in rows])
 
     def stream(self, parts, val=False):
         """Ranges of positions -> iterator over ids, scored (b, L) and images (b, 3, h, w)."""
-        if (data := self.val if val else self.data) is None:
-            return (self.collate(shapes_turns(torch.tensor(part), self.size, self.config.phase)) for part in parts)
-        return iter(torch.utils.data.DataLoader(data, batch_sampler=parts, collate_fn=self.collate, num_workers=self.config.num_workers,
-                                                worker_init_fn=ignore_signals, generator=torch.Generator()))
+        if self.data is None:
+            for part in parts:
+                images, turns = shapes_turns(torch.tensor(part), self.size, self.config.phase)
+                yield self.collate([self.encode(each) | dict(image=image) for image, each in zip(images, turns)])
+        else: yield from torch.utils.data.DataLoader(self.val if val else self.data, batch_sampler=parts, num_workers=self.config.num_workers,
+                                                     collate_fn=self.collate, worker_init_fn=ignore_signals, generator=torch.Generator())
 
     def loss(self, net, ids, scored, images):
-        """Mean cross-entropy (nats) of the S answer tokens of these images: each of `micro_batch` images at a time weighs the same, as in LLaVA's."""
+        """Mean cross-entropy (nats) of the S answer tokens of one micro-batch: as LLaVA's, so that --micro_batch shifts their weights a little."""
         return F.cross_entropy(full(net(ids, scored, self.encoder(images))), ids[:, 1:][scored[:, 1:]])      # (S, vocabulary), (S,)
 
     def validate(self, parts):
         """Mean loss of all answers' tokens; their share of right answers is eval.py's."""
         losses = [(self.loss(self.net, *(t.to(self.device) for t in batch)), batch[1][:, 1:].sum()) for batch in self.stream(parts, val=True)]
         if self.config.phase == "pretrain": self.next = next_command("train_ar.py", self.config, CARRIED, task="understand", phase="sft")
-        else: self.next = next_command("eval.py", self.config, SHARED - {"tokenizer"}, vqa=True) + " " + shlex.quote(self.config.tokenizer)
+        elif self.val is None: self.next = next_command("eval.py", self.config, SHARED - {"tokenizer"}, vqa=True) + f" '{self.config.tokenizer}'"
+        else: self.next = next_command("sample.py", self.config, SHARED, image=self.val.record(0)["name"], ask=self.val.record(0)["question"])
         return dict(val_loss=(sum(loss * n for loss, n in losses) / sum(n for _, n in losses)).item())
 
 def send(message, src_rank, group, device):
     """Send ZeRO's moments from one rank to all; the first saves them. Replaces torch's own function, which takes a minute a gigabyte."""
     buffer = io.BytesIO()
-    if dist.get_rank() == src_rank: torch.save(message, buffer)
+    if torch.distributed.get_rank() == src_rank: torch.save(message, buffer)
     box = [buffer.getvalue()]
-    dist.broadcast_object_list(box, src_rank, group, device)
+    torch.distributed.broadcast_object_list(box, src_rank, group, device)
     return torch.load(io.BytesIO(box[0]), map_location="cpu", weights_only=True)
 
 def train(config, ranks):
@@ -486,7 +494,7 @@ def train(config, ranks):
     first_step = resumed["step"] if resumed else 0
     if first_step > config.total_steps: raise UserError(f"{path} is at step {first_step}, beyond --total_steps {config.total_steps}")
     folder.mkdir(parents=True, exist_ok=True)
-    task = (Understand if config.phase else Generate)(config, ranks, folder)
+    task = (Understand if config.phase else Generate)(config, ranks, folder, resumed)
     task.val_at = range(VALIDATION, VALIDATION + config.val_images) if task.val is None else range(min(config.val_images, len(task.val)))
     task.net.to(device, torch.float64 if config.precision == "float64" else None).train()
     learning = [p for p in task.net.parameters() if p.requires_grad]
@@ -498,7 +506,6 @@ def train(config, ranks):
         zero._broadcast_object = send
         optimizer = zero.ZeroRedundancyOptimizer(learning, optimizer_class=torch.optim.AdamW, **how)
     if resumed:
-        check_same(resumed, dict(tokenizer=task.which), f"{path} learned from another tokenizer, pass that one or --overwrite")
         with explained(f"{path} is of another language model, or of other texts"): task.net.load_state_dict(resumed["model"])
         resumed["optimizer"]["param_groups"][0].update(how)                   # rates and the like are this run's
         optimizer.load_state_dict(resumed["optimizer"])

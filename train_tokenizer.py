@@ -11,7 +11,7 @@ Train the VQRAE tokenizer: the paper's two stages, and before them a stage 0 for
     stage 1   encoder frozen; codebook and decoder learn to reconstruct       (eq. 4)   -> stage1.pt, tokenizer-stage1/
     stage 2   encoder too, held to its old features by distillation           (eq. 6)   -> stage2.pt, tokenizer-stage2/
 """
-import copy, functools, hashlib, io, itertools, json, math, os, re, sys, tarfile, time, zlib
+import copy, functools, glob, hashlib, io, itertools, json, math, os, re, sys, tarfile, time, zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -81,7 +81,6 @@ class TrainConfig:
     disc_lr: float = 4e-5                 # [T7]
     disc_width: int = 128                 # [TiTok]
     lecam_weight: float = 0.001           # [TiTok]
-    # once in a while
     log_every: int = 50                   # [ours] steps
     eval_every: int = 5000                # [ours] validation PSNR and a grid
     save_every: int = 5000                # [ours]
@@ -165,11 +164,12 @@ def read_folder(folder):
     """Images below `folder`, sorted; caption and class from metadata.jsonl, else a .txt beside the image and the parent folder."""
     folder = Path(folder or "''")                                             # no name is not the current folder
     if not folder.is_dir(): raise UserError(f"{folder}: no such folder (data is shapes, a folder of images, or 'shards-{{000..127}}.tar')")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    if not files: raise UserError(f"{folder}: no images in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    captions = {}
-    for metadata in folder.rglob("metadata.jsonl"):
+    paths, captions = [*map(Path, glob.glob(f"{glob.escape(str(folder))}/**", recursive=True, include_hidden=True))], {}       # through links too
+    files = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    if not files: raise UserError(f"{folder}: no images in it ({', '.join(sorted(IMAGE_SUFFIXES))}); shards go by 'NAME-{{000..127}}.tar'")
+    for metadata in (path for path in paths if path.name == "metadata.jsonl"):
         for number, line in enumerate(metadata.open(encoding="utf-8", errors="replace"), 1):
+            if not line.strip(): continue
             with explained(f"{metadata}, line {number}: not JSON with a file_name and a text: {line[:60]!r}; mend or remove that line"):
                 row = json.loads(line)
                 if not isinstance(row.get("text"), (str, type(None))): raise TypeError("text is not a string")
@@ -199,7 +199,7 @@ class Shards:
         if not file.exists():
             listings = [self.listing(path, number) for number, path in enumerate(tqdm(self.paths, "index", unit="tar"))]
             rows, errors = [rows for rows, _ in listings if len(rows)], [error for _, error in listings if error]
-            if not rows: raise UserError(f"--data {pattern}: no readable shard with images{''.join(errors)}")
+            if not rows: raise UserError(f"{pattern}: no readable shard with images; the pattern is like {{000..127}}{''.join(errors)}")
             if errors: print(f"skipped, from the damage on, {len(errors)} of {len(self.paths)} shards{''.join(errors)}")
             file.parent.mkdir(parents=True, exist_ok=True)
             np.save(partial := file.with_suffix(".partial.npy"), np.concatenate(rows))
@@ -210,7 +210,7 @@ class Shards:
         """-> one row for each image of a shard: its number, offset and size of image and caption, key; and what is wrong with the tar."""
         members, rows, error = {}, [], ""
         try:
-            with tarfile.open(path) as tar:
+            with tarfile.open(path, "r:") as tar:                             # not compressed: offsets are those in the file
                 for m in tar:
                     stem, suffix = os.path.splitext(m.name)
                     members.setdefault(stem, {})[suffix.lower()] = (m.offset_data, m.size)
@@ -298,13 +298,13 @@ def pretrain(config, model_config, device, path):
 def parameter_groups(model, discriminator, config):
     """Encoder and the rest at their own rates, weight decay on matrices alone; the discriminator at its own, from its start on."""
     rates, parts = dict(encoder=config.encoder_lr, discriminator=config.disc_lr), [*model.named_children(), ("discriminator", discriminator)]
-    is_matrix = lambda name, p: p.ndim > 1 and not name.endswith(("pos_embed", "cls_token"))
     for (part, module), decays in itertools.product(parts, (True, False)):
-        named = module.named_parameters() if module else ()
-        params = [p for name, p in named if p.requires_grad and is_matrix(name, p) == decays]
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad] if module else []
+        params = [p for name, p in named if decays == (p.ndim > 1 and not name.endswith(("pos_embed", "cls_token")))]
         if params: yield dict(params=params, base_lr=rates.get(part, config.lr), start=config.disc_start if part == "discriminator" else 0,
                               weight_decay=config.weight_decay * decays)
 
+def hallmark(vfm): return vfm.vit.patch_embed.proj.weight.float().cpu()       # tells it from others
 def starting_point(config, model_config, ranks, resumed):
     """The model with the weights its stage begins from, and the frozen teacher T."""
     source, run = model_config.encoder_weights, Path(config.out_dir if config.init_from in ("", "none") else config.init_from)
@@ -321,23 +321,23 @@ def starting_point(config, model_config, ranks, resumed):
         stage1 = load_checkpoint(path)
         check_same(stage1["model_config"], asdict(model_config), f"{path} is of another model")
         if stage1["config"]["encoder_lr"]: raise UserError(f"{path} moved its encoder, which stage 2 needs as teacher: train it with --encoder_lr 0")
-        C = stage1["ema"].get("quantizer.codebook")                           # frozen, so the two stages share it; RAE has none
-        if resumed and C is not None and (resumed["model"]["quantizer.codebook"] != C).any():
-            raise UserError(f"{path} is not what this stage 2 began from: --overwrite starts it over")
         ranks.say(f"from step {stage1['step']} of {stage1['config']['total_steps']} in {path}")
         model.load_state_dict(stage1["ema"], strict=True)
     elif not from_vfm: model.load_state_dict(resumed["model"], strict=True)   # its encoder has not moved
     else:
         if source == "stage0":
             source = run / "stage0.pt"
-            if config.init_from not in ("", "none") and not source.exists(): raise UserError(f"no {source}: --init_from names a run that has one")
+            if not source.exists() and (resumed or run != Path(config.out_dir)): raise UserError(f"no {source}: --init_from names a run that has one")
             with ranks.first_alone():
                 if source.exists(): ranks.say(f"encoder from {source}; --stage 0 --overwrite makes another in {config.out_dir}")
                 else: pretrain(config, model_config, ranks.device, source)
             of_encoder = {name: getattr(model_config, name) for name in ("encoder", "encoder_kwargs", "patch_size", "dim")}
             check_same(load_checkpoint(source).get("model_config", {}), of_encoder, f"{source} is of another encoder, choose another --out_dir")
         load_encoder_weights(model.encoder, str(source))
-    return model, copy.deepcopy(model.encoder).requires_grad_(False).eval()   # before anything moves
+    teacher = copy.deepcopy(model.encoder).requires_grad_(False).eval()       # before anything moves
+    if resumed and not torch.equal(resumed["teacher"], hallmark(teacher)):
+        raise UserError(f"the encoder in {run} is not the one that this stage {config.stage} began from: --overwrite starts it over")
+    return model, teacher
 
 @torch.no_grad()
 def start_bottleneck(model, config, dataset, ranks):
@@ -348,6 +348,7 @@ def start_bottleneck(model, config, dataset, ranks):
         for batch in batches(dataset, size, range(pictures), min(64, config.batch_size), config.num_workers, ranks.device):
             Z_I.append(model.encode(batch["image"]).flatten(0, 1))                            # (B N, d)
             pixels.append(F.unfold(batch["image"], p, stride=p).transpose(1, 2).unflatten(2, (3, -1)).flatten(0, 1))      # (B N, 3, p p)
+        ranks.say(f"the codes start on {pictures} pictures, which takes a while for many codes")
         model.start_on(torch.cat(Z_I), torch.cat(pixels))
 
 def as_file(images): return (full(images).clamp(0, 1) * 255).round() / 255    # to 8 bits, as a picture file holds them; still in [0, 1]
@@ -377,8 +378,7 @@ def train(config, model_config, ranks):
     path, pictures = out / f"stage{config.stage}.pt", out / f"recon_stage{config.stage}.png"
     if resumed := open_run(path, config): check_same(resumed["model_config"], asdict(model_config), f"{path} is of another model")
     local, micro, accumulate = split_batch(config, ranks)
-    size, val_source = model_config.image_size, config.val_data or config.data
-    hold_out = config.data != "shapes" and not config.val_data                # every 20th image is for validation
+    size, val_source, hold_out = model_config.image_size, config.val_data or config.data, config.data != "shapes" and not config.val_data
     with ranks.first_alone():
         data = None if config.data == "shapes" else Images(config.data, size, config.seed, random_crop=config.random_crop, folder=out,
                                                            random_flip=config.random_flip, part="train" if hold_out else "all")
@@ -389,9 +389,7 @@ def train(config, model_config, ranks):
     if perceptual: perceptual.vfm = teacher
     torch.manual_seed(config.seed)                                            # the same from here on, whether stage 0 ran just now or not
     discriminator = Discriminator(config.disc_width) if config.disc_start >= 0 else None
-    if config.disc_start >= config.total_steps: ranks.say(f"note: --disc_start {config.disc_start} is after the last step: no discriminator")
-    frozen = config.encoder_lr == 0
-    dtype = torch.float64 if config.precision == "float64" else None
+    frozen, dtype = config.encoder_lr == 0, torch.float64 if config.precision == "float64" else None
     model.encoder.requires_grad_(not frozen)
     if not (resumed or config.bench) and (config.stage == 1 or config.init_from == "none"): start_bottleneck(model, config, data, ranks)
     nn.ModuleList(filter(None, (model, teacher, perceptual, discriminator))).to(device, dtype)
@@ -409,8 +407,8 @@ def train(config, model_config, ranks):
         if first_step > config.total_steps or (resumed["config"]["encoder_lr"] == 0) != frozen:
             raise UserError(f"{path} is at step {first_step} with --encoder_lr {resumed['config']['encoder_lr']}: go on with that, to more steps")
         resumed["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]         # rates are this run's
-        for name, part in parts.items():
-            if part and resumed[name]: part.load_state_dict(resumed[name])
+        with explained(f"{path} does not fit these flags"):                   # another --disc_width
+            for part in (part for part in parts if parts[part] and resumed[part]): parts[part].load_state_dict(resumed[part])
         torch.set_rng_state(resumed["rng"])
         del resumed                                                           # it holds as much as model and optimiser
     net, d_net = ranks.ddp(model), discriminator and ranks.ddp(discriminator)
@@ -436,7 +434,7 @@ def train(config, model_config, ranks):
             log(step=step, val_psnr=val_psnr, **dict(val_codebook_usage=val_usage) if model.quantizer else {})
         if ranks.first and (last or stop or (step > first_step and step % config.save_every == 0)):
             save_checkpoint(path, {name: part and part.state_dict() for name, part in parts.items()} | dict(
-                step=step, rng=torch.get_rng_state(), config=asdict(config), model_config=asdict(model_config)))
+                step=step, rng=torch.get_rng_state(), config=asdict(config), model_config=asdict(model_config), teacher=hallmark(teacher)))
         if last or stop: break
 
         # ---- One training step -----------------------------------------------------------------------------------------
@@ -484,8 +482,7 @@ def train(config, model_config, ranks):
         get_ema_multi_avg_fn(min(config.ema_decay, (1 + step) / (10 + step)))(averaged, learned, None)        # all weights in one call
         # ----------------------------------------------------------------------------------------------------------------
         if (step + 1) % config.log_every == 0:
-            usage, perplexity, _ = code_usage(ranks.sum(counts))
-            counts.zero_()
+            (usage, perplexity, _), counts = code_usage(ranks.sum(counts)), torch.zeros_like(counts)
             codes = dict(codebook_usage=usage, perplexity=perplexity) if model.quantizer else {}
             rate = config.batch_size * (bar.format_dict["rate"] or 0)
             log(step=step + 1, **logged, lr=config.lr * factor(0), images_per_s=rate, **codes, skipped=len(data.skipped) if data else 0)
@@ -506,8 +503,9 @@ def train(config, model_config, ranks):
                 "validation codebook use": ema.quantizer and f"{val_usage:.1%} of {model_config.codebook_size} codes",
                 "time": f"{(time.time() - start) / 60:.1f} minutes", "pictures": pictures, "tokenizer": folder,
                 "unreadable images": data and len(data.skipped)})
-        print("\nNext:", next_command("train_tokenizer.py", config, CARRIED, stage=2) if config.stage == 1 else
-              next_command("eval.py", config, {"device", "lpips_weights"}, data=val_source, out_dir=out, **dict(part="val") if hold_out else {}))
+        if config.stage == 1: following = next_command("train_tokenizer.py", config, CARRIED, stage=2, overwrite=(out / "stage2.pt").exists())
+        else: following = next_command("eval.py", config, {"device", "lpips_weights"}, data=val_source, out_dir=out, part=hold_out and "val")
+        print("\nNext:", following)
     ranks.wait()
 
 def main():
@@ -521,7 +519,7 @@ def main():
     path = Path(config.out_dir) / "stage0.pt"
     if path.exists() and not config.overwrite: raise UserError(f"{path} exists: --overwrite makes it anew")
     if ranks.first: pretrain(config, model_config, ranks.device, path)
-    ranks.say(f"wrote {path}\nNext: {next_command('train_tokenizer.py', config, CARRIED)}")
+    ranks.say(f"wrote {path}\nNext: {next_command('train_tokenizer.py', config, CARRIED, overwrite=path.with_name('stage1.pt').exists())}")
 
 # ---- The shapes world: 64 x 64 pictures of one to four objects, drawn by the thousand a second. Picture i is a function of i
 # alone. From VALIDATION on they are for validation, and only there do HELD_OUT pairs of shape and colour appear.

@@ -16,11 +16,10 @@ VQRAE: one tokenizer, two outputs. (CVPR 2026, "Representation Quantization Auto
 VQRAEConfig names the sizes: p patch_size, d dim, k codebook_size, e codebook_dim, q, beta; TrainConfig lambda_G disc_weight, lambda_d distill_weight.
 Losses: L_quant (eq. 3): SimVQ; L_P (eq. 2): PerceptualLoss; L_G (eq. 2): Discriminator, hinge_d_loss, lecam; L_distill (eq. 5): distill_loss.
 """
-import argparse, contextlib, dataclasses, datetime, inspect, io, json, math, os, re, shlex, shutil, signal, sys, time, warnings
+import argparse, contextlib, dataclasses, datetime, inspect, io, json, math, os, re, shlex, shutil, signal, sys, time, warnings, zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, get_args
-from zipfile import is_zipfile
 
 import timm
 import torch
@@ -149,7 +148,7 @@ def weights_file(encoder, source):
     repo = encoder.vit.pretrained_cfg.get("hf_hub_id")
     path = hub_file(repo, "model.safetensors") if source == "hub" and repo else source
     if Path(path).is_file(): return path
-    raise UserError(f"no file {path}: --encoder_weights takes hub (where timm has the weights there), random, or a .safetensors or .pt file")
+    raise UserError(f"no file {path} of encoder weights: put it there, or give --encoder_weights FILE, hub (if timm has them there) or random")
 
 def load_encoder_weights(encoder, source):
     """Fill `encoder` from `source`: "hub", "random" (left as it is), or a file. Every key must fit: a silent partial load
@@ -161,9 +160,9 @@ def load_encoder_weights(encoder, source):
         state = {key: value for key, value in to_timm_keys(state.get("encoder", state)).items()
                  if not key.startswith(("attn_pool.", "head.", "norm.", "fc_norm."))}
         if "pos_embed" in state and state["pos_embed"].shape != vit.pos_embed.shape:  # another image size
-            patches_alone = math.isqrt(state["pos_embed"].shape[1]) ** 2 == state["pos_embed"].shape[1]              # no class token among them
-            state["pos_embed"] = timm.layers.resample_abs_pos_embed(state["pos_embed"], vit.patch_embed.grid_size,
-                                                                    num_prefix_tokens=0 if patches_alone else vit.num_prefix_tokens)
+            old = state["pos_embed"]                                          # (1, patches, d), or with the class token's
+            prefix = 0 if math.isqrt(old.shape[1]) ** 2 == old.shape[1] else vit.num_prefix_tokens
+            state["pos_embed"] = timm.layers.resample_abs_pos_embed(old, vit.patch_embed.grid_size, num_prefix_tokens=prefix)
         vit.load_state_dict(state, strict=True)
 
 # ---- Quantiser ------------------------------------------------------------------------------------------------------
@@ -171,8 +170,8 @@ def full(x): return x if x.dtype == torch.float64 else x.float()              # 
 def no_autocast(x): return contextlib.nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
 
 def has_bf16(device):                             # does it multiply bfloat16 matrices faster than float32 ones?
-    if device.type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    if device.type == "cpu": return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 @torch.no_grad()
 def nearest(z, codes, max_elements=1 << 23, candidates=6):
@@ -269,7 +268,6 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         return super().from_pretrained(*folder, strict=strict, **how)
 
     def encode(self, images): return self.encoder(images)                     # X (B, 3, h, w) -> Z_I (B, N, d)
-
     def forward(self, images):                                                # X (B, 3, h, w)
         Z_I = self.encode(images)                                             # (B, N, d)
         Z_c = self.to_code(Z_I)                                               # (B, N, e)
@@ -299,7 +297,6 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
     def tokenize(self, images):                                               # X (B, 3, h, w)
         if self.quantizer is None: raise UserError("a tokenizer with quantizer none (RAE) has no tokens: train one with --quantizer simvq")
         return self.quantizer(self.to_code(self.encode(images)))[1]           # (B, N)
-
     @torch.no_grad()
     def detokenize(self, indices):                                            # (B, N)
         return self.decoder(self.from_code(self.quantizer.lookup(indices)))   # X' (B, 3, H, W)
@@ -386,7 +383,6 @@ class Discriminator(nn.Module):
 def hinge_d_loss(real_logits, fake_logits):
     """The discriminator's loss: real above 1, fake below -1."""
     return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
-
 def lecam(real_mean, fake_mean, ema_real, ema_fake):
     """LeCAM (Tseng et al. 2021) as in TiTok: pulls the mean logits of a (micro-)batch towards the other side's running mean. All scalars."""
     return F.relu(real_mean - ema_fake).square() + F.relu(ema_real - fake_mean).square()
@@ -409,12 +405,15 @@ def load_tokenizer(folder, device="cpu"):
     with explained(f"{folder} cannot be read as a tokenizer"), contextlib.redirect_stdout(io.StringIO()):      # the mixin announces what it does
         return VQRAE.from_pretrained(str(folder)).to(device).eval()
 
+def teacher_source(folder, config):
+    """Where the weights of the VFM are that the tokenizer in `folder` began from: a file beside it, else what its config says, a file or "hub"."""
+    beside = Path(folder) / "teacher.safetensors"
+    return str(beside) if beside.is_file() else config.encoder_weights
+
 def load_teacher(folder, config):
-    """The frozen VFM that the tokenizer in `folder` began from, from the file beside it or the recorded source."""
-    teacher, beside = Encoder(config), Path(folder) / "teacher.safetensors"
-    source = str(beside) if beside.is_file() else config.encoder_weights
-    if source in ("random", "stage0"): raise UserError(f"{folder} does not carry its teacher, and encoder_weights {source} cannot be fetched")
-    load_encoder_weights(teacher, source)
+    """The frozen VFM that the tokenizer in `folder` began from."""
+    teacher = Encoder(config)
+    load_encoder_weights(teacher, teacher_source(folder, config))
     return teacher.requires_grad_(False).eval()
 
 def save_checkpoint(path, state):
@@ -432,7 +431,7 @@ def load_checkpoint(path):
     """Tensors, numbers and dicts only: a pickle that would run code is refused, not run."""
     if not Path(path).is_file(): raise UserError(f"no file {path}")
     with explained(f"{path} is not a readable checkpoint, or holds more than tensors and numbers: not loaded"):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))          # in memory once for all ranks
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))          # in memory once for all ranks
 
 # ---- What the scripts share: command line, processes, log -----------------------------------------------------------
 def resize(images, size, limit=True):
@@ -516,7 +515,6 @@ class Ranks:
 
     def say(self, *text):
         if self.first: print(*text, flush=True)
-
     def wait(self):
         if self.size > 1: dist.barrier()
 
@@ -525,7 +523,6 @@ class Ranks:
         total = tensor.to(self.device, copy=True)                             # nccl knows no CPU tensors
         dist.all_reduce(total)
         return total.to(tensor.device)
-
     def mean_with_grad(self, tensor):                                         # over ranks; the gradient is this rank's: DDP averages those
         return tensor + (self.sum(tensor.detach()) / self.size - tensor.detach())
 
@@ -611,12 +608,11 @@ def split_batch(config, ranks):
 def next_command(script, config, keep=None, **more):
     """The command to type next: `script`, a training as this run was started, with this run's flags (None: all) in `keep`, and `more`."""
     how = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if "RANK" in os.environ and "train" in Path(script).name else "python"
-    flags = {name: value for name, value in config.given.items() if (name != "overwrite" if keep is None else name in keep)} | more
-    words = [str(Path(sys.argv[0]).with_name(Path(script).name))]
-    for name, value in flags.items():
-        if isinstance(value, bool): words.append(f"--{name}" if value else f"--no-{name}")
-        else: words += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
-    return f"{how} {shlex.join(words)}"
+    flags = {name: value for name, value in config.given.items() if (name != "overwrite" if keep is None else name in keep)}
+    flags |= {name: value for name, value in more.items() if value is not False}
+    words = [f"--{name}" if value is True else f"--no-{name}" if value is False else
+             f"--{name} {shlex.quote(json.dumps(value) if isinstance(value, dict) else str(value))}" for name, value in flags.items()]
+    return " ".join([how, shlex.quote(str(Path(sys.argv[0]).with_name(Path(script).name))), *words])
 
 def check_finite(losses, step, remedy="what was saved is whole; try a lower --lr, more --warmup_steps, or --precision float32, then --resume"):
     for name, value in losses.items():                                        # the first NaN or infinite one is named
