@@ -4,6 +4,7 @@ VQRAE_SLOW=1 pytest -s      the measurements too
 
 First the invariants of the method, then the shapes world and the data, last the scripts run as a user runs them.
 """
+import gzip
 import io
 import json
 import math
@@ -706,9 +707,13 @@ def test_captions_and_classes(folder):
     assert (items["00"]["text"], items["00"]["label"]) == ("zero", "cat")
     assert (items["01"]["text"], items["01"]["label"]) == ("one", "b")
     assert (items["02"]["text"], items["02"]["label"]) == ("", "a")
+    links = folder.with_name("li*nks [1]")                                    # found through links, in folders of any name
+    links.mkdir()
+    (links / "there").symlink_to(folder / "b")
+    assert [item["text"] for item in map(tt.Images(str(links), 32, in_order=True).__getitem__, range(12))].count("one") == 1
     for second in ('{"file_na', '{"file_name": "01.png", "text": ["a", "list"]}'):
-        (folder / "a" / "metadata.jsonl").write_text('{"file_name": "00.png"}\n' + second)
-        with pytest.raises(UserError, match="metadata.jsonl, line 2"):
+        (folder / "a" / "metadata.jsonl").write_text('{"file_name": "00.png"}\n\n' + second)
+        with pytest.raises(UserError, match="metadata.jsonl, line 3"):
             tt.Images(str(folder), 32)
 
 
@@ -761,6 +766,9 @@ def test_tar_shards_hold_the_same_images(folder, tmp_path, capsys, monkeypatch):
         assert [read()[i]["name"] for i in range(24)] == [shards[i]["name"] for i in range(24)]
     (tmp_path / "s-02.tar").write_bytes((tmp_path / "s-00.tar").read_bytes())
     assert len(read()) == 36                                                  # mended: listed anew
+    (tmp_path / "z.tar").write_bytes(gzip.compress((tmp_path / "s-00.tar").read_bytes()))      # whose offsets are not those in the file
+    with pytest.raises(UserError, match="no readable shard.*z.tar, as an uncompressed tar"):
+        tt.Images(str(tmp_path / "z.tar"), 32, folder=str(tmp_path / "run"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1301,9 +1309,16 @@ def test_codes_of_a_folder_are_cached_and_refused_when_they_should_be(trained, f
     caption.write_text("one\n")
     os.utime(caption, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert run_inside("train_ar.py", *flags, *stage2, "--overwrite") == "no error"
+    assert "learned from another tokenizer" in run_inside("train_ar.py", *flags, *stage1, "--resume", "--overwrite_cache")
+    assert all(path.stat().st_mtime_ns == at for path, at in made.items())    # hours of codes are not lost to a command that is refused
     next(data.rglob("*.png")).unlink()
     assert "other images" in run_inside("train_ar.py", *flags, *stage2, "--overwrite")
     assert run_inside("train_ar.py", *flags, *stage1, "--overwrite", "--overwrite_cache") == "no error"
+    caption.write_text("one " * 60)
+    flags[-3] = str(tmp_path / "long")
+    said = run("train_ar.py", *flags, *stage2, "--total_steps", "8")
+    prompt = shlex.split(re.search("Next: python (.*)", said)[1])
+    assert said.count("long captions are cut") == 1 and "error" not in run(*prompt, "--device", "cpu")
     flags[1], flags[-3] = str(tmp_path / "0.tar"), str(tmp_path / "run of shards")
     for caption in (b"one", b"two"):                                          # a shard of the same size and other content
         with tarfile.open(flags[1], "w") as tar:

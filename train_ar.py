@@ -412,7 +412,7 @@ class Generate:
         ids = self.lm.generate(ids, attention_mask=mask, max_new_tokens=N, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                                suppress_tokens=list(range(offset)))           # all words, and the end of a text
         save_image(self.tokenizer.detokenize(ids[:, -N:] - offset).float().clamp(0, 1), self.folder.parent / "samples.png", nrow=8)
-        self.next = next_command("sample.py", self.config, SHARED, prompt=min(self.fetch(range(16))[1], key=len))
+        self.next = next_command("sample.py", self.config, SHARED, prompt=" ".join(min(self.fetch(range(16))[1], key=len).split()[:12]))
         return dict(val_loss=total)
 
 class Understand:

@@ -215,7 +215,7 @@ class Shards:
                     stem, suffix = os.path.splitext(m.name)
                     members.setdefault(stem, {})[suffix.lower()] = (m.offset_data, m.size)
         except (OSError, tarfile.TarError) as problem:
-            error = f"; {path}: {str(problem).partition(chr(10))[0]}"
+            error = f"; {path}, as an uncompressed tar: {str(problem).partition(chr(10))[0]}"
         for stem, parts in members.items():
             images = [parts[suffix] for suffix in sorted(IMAGE_SUFFIXES & parts.keys())]
             if images: rows.append((number, *images[0], *parts.get(".txt", (0, 0)), stem.encode("utf-8", "surrogateescape")))
