@@ -372,7 +372,7 @@ def main():
     if ranks.first:
         for folder in folders: results[folder]["tokenizer"] = identity(folder)
         path, result = out / ("vqa.json" if config.vqa else "eval.json"), results if len(results) > 1 else results[folders[0]]
-        with contextlib.suppress(OSError, ValueError, KeyError):              # there is none yet, or one of them is of several tokenizers
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):              # none yet, or one of several tokenizers
             before = json.loads(path.read_text())
             if before["tokenizer"] == result["tokenizer"]:                    # a tokenizer's scores and its generator's stand side by side
                 result = {key: value for key, value in before.items() if config.generation or key.startswith("geneval")} | result

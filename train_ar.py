@@ -36,7 +36,7 @@ from train_tokenizer import (COLORS, NUMBERS, PLURAL, SHAPES, VALIDATION, Images
                              shuffled, uniforms)
 from vqrae import (Log, Ranks, UserError, bench, check_finite, check_run, check_same, command_line, compile_parts, explained, full, hub_file,
                    ignore_signals, load_checkpoint, load_teacher, load_tokenizer, lr_factor, next_command, no_autocast, open_run, parse_config,
-                   print_config, report, resize, save_checkpoint, split_batch, teacher_source, uniform)
+                   print_config, report, resize, save_checkpoint, split_batch, uniform)
 
 logging.set_verbosity_error(), logging.disable_progress_bar()                 # transformers' own
 
@@ -45,7 +45,7 @@ logging.set_verbosity_error(), logging.disable_progress_bar()                 # 
 class ARConfig:
     config: str = "tiny"                  # whose presets and run folder: a key of vqrae.MODELS
     task: Literal["generate", "understand"] = "generate"  # write pictures, or answer questions about them
-    phase: Literal["", "pretrain", "sft"] = ""  # [T8] of understanding: connector on captions, then LLM too on conversations; "": both
+    phase: Literal["pretrain", "sft"] = ""  # [T8] of understanding: connector on captions, then LLM too on conversations; none given: both
     data: str = "shapes"                  # shapes; generate: folder of captioned images or 'shards-{000..127}.tar'; understand: LLaVA's JSON
     val_data: str = ""                    # the same for validation; "": every 20th image is held out; of shapes other numbers
     images: str = ""                      # understand: the folder that the JSON's image paths start from; "": the JSON's own
@@ -234,7 +234,7 @@ def open_codes(source, part, config, tokenizer, which, ranks):
         here = todo[64 * i:64 * (i + 1)]
         rows["codes"][here], rows["text"][here], rows["done"][here] = tokenizer.tokenize(batch["image"]).cpu(), texts, True
     rows.flush()
-    if dataset.skipped: ranks.say(f"{len(dataset.skipped)} unreadable images, in whose place the next ones stand")
+    if skipped := int(ranks.sum(torch.tensor(len(dataset.skipped)))): ranks.say(f"{skipped} unreadable images, in whose place the next ones stand")
     ranks.wait()
     if ranks.first:
         for other in others: other.unlink()
@@ -278,14 +278,13 @@ class Conversations(Images):
         folder, records = Path(folder or Path(file).parent), []
         with explained(f"{file}: not LLaVA's JSON, a list of objects"): rows = [*json.loads(Path(file).read_text("utf-8"))]
         for number, row in enumerate(rows):
-            where = f"{file}, conversation {number} (from 0)"
-            with explained(f"{where}: not LLaVA's JSON, image and conversations, human and gpt in turn"):
+            with explained(f"{file}, conversation {number} (from 0): not LLaVA's JSON, image and conversations, human and gpt in turn"):
                 if "image" not in row: continue
                 turns = [(q["value"].strip(), a["value"].strip()) for q, a in zip(row["conversations"][::2], row["conversations"][1::2], strict=True)]
                 if row["conversations"][0].get("from") == "gpt": raise ValueError("gpt speaks first")
-            marks = sum(question.count("<image>") for question, _ in turns)
-            if marks != 1: raise UserError(f"{where}: <image> must stand in its questions exactly once, not {marks} times")
-            records.append(dict(name=folder / row["image"], turns=turns, question=turns[0][0].replace("<image>", "").strip()))
+                marks, first = sum(question.count("<image>") for question, _ in turns), " ".join(turns[0][0].replace("<image>", "").split()[:12])
+                if marks != 1: raise ValueError(f"<image> must stand in its questions exactly once, not {marks} times")
+                records.append(dict(name=folder / row["image"], turns=turns, question=first or "what is this?"))
         if records and not records[0]["name"].is_file(): raise UserError(f"{file}: no file {records[0]['name']}; --images DIR names the folder")
         if len(records) < len(rows): print(f"{file}: {len(rows) - len(records)} conversations have no image and are left out")
         return records
@@ -339,8 +338,8 @@ def shapes_turns(index, size, phase):
 
 def reads(folder, model_config):
     """What an MLLM trained on a tokenizer's teacher reads, for its config. VFMs go by their name on the hub, else by a hash of the weights."""
-    source = teacher_source(folder, model_config)
-    teacher = identity(source) if Path(source).is_file() else f"{model_config.encoder}, {source}"
+    beside = Path(folder) / "teacher.safetensors"
+    teacher = identity(beside) if beside.is_file() else f"{model_config.encoder}, {model_config.encoder_weights}"
     return dict(dim=model_config.dim, tokens=model_config.num_tokens, image_size=model_config.image_size, teacher=teacher)
 
 def load_mllm(out_dir, tokenizer_folder, device="cpu", dtype=torch.float32):
@@ -395,7 +394,7 @@ class Generate:
         for part in parts:
             codes, texts = self.fetch(part, val)
             ids, mask = layout(self.text_tokenizer, self.visual, ["" if dropped(p) else text for p, text in zip(part, texts)], codes)
-            if ids.shape[1] == self.config.max_length: self.note("note: long captions are cut; a larger --max_length keeps more of them")
+            if ids.shape[1] == self.config.max_length: self.note("note: long captions may be cut; a larger --max_length keeps more of them")
             yield ids, mask, codes
 
     def loss(self, net, ids, mask, codes):
@@ -412,13 +411,13 @@ class Generate:
         ids = self.lm.generate(ids, attention_mask=mask, max_new_tokens=N, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                                suppress_tokens=list(range(offset)))           # all words, and the end of a text
         save_image(self.tokenizer.detokenize(ids[:, -N:] - offset).float().clamp(0, 1), self.folder.parent / "samples.png", nrow=8)
-        self.next = next_command("sample.py", self.config, SHARED, prompt=" ".join(min(self.fetch(range(16))[1], key=len).split()[:12]))
+        self.next = next_command("sample.py", self.config, SHARED, prompt=" ".join(max(self.fetch(range(16))[1], key=bool).split()[:12]))
         return dict(val_loss=total)
 
 class Understand:
     """Questions about images -> answers, by a language model that reads the frozen VFM's Z_I. The connector learns, in SFT the LLM too."""
     def __init__(self, config, ranks, folder, resumed):
-        self.config, self.device = config, ranks.device
+        self.config, self.device, self.note = config, ranks.device, functools.cache(tqdm.write)        # a note is written once
         model_config = load_tokenizer(config.tokenizer).config                # only its teacher matters here
         understand = reads(config.tokenizer, model_config)
         self.which, self.size, self.tokens = understand["teacher"], model_config.image_size, model_config.num_tokens
@@ -453,7 +452,7 @@ class Understand:
         raise UserError(f"image and answer do not fit into --max_length {self.config.max_length}")
 
     def collate(self, rows):
-        for line in (line for row in rows for line in row.get("skipped", "").splitlines()): tqdm.write(f"skipped {line}")
+        for line in (line for row in rows for line in row.get("skipped", "").splitlines()): self.note(f"skipped {line}")
         return *(pad([row[name] for row in rows], "right") for name in ("ids", "scored")), torch.stack([row["image"] for row in rows])
 
     def stream(self, parts, val=False):
@@ -472,7 +471,8 @@ class Understand:
     def validate(self, parts):
         """Mean loss of all answers' tokens; their share of right answers is eval.py's."""
         losses = [(self.loss(self.net, *(t.to(self.device) for t in batch)), batch[1][:, 1:].sum()) for batch in self.stream(parts, val=True)]
-        if self.config.phase == "pretrain": self.next = next_command("train_ar.py", self.config, CARRIED, task="understand", phase="sft")
+        begun = Path(self.config.out_dir, "mllm/sft.pt").exists()
+        if self.config.phase == "pretrain": self.next = next_command("train_ar.py", self.config, CARRIED, task="understand", phase="sft", overwrite=begun)
         elif self.val is None: self.next = next_command("eval.py", self.config, SHARED - {"tokenizer"}, vqa=True) + f" '{self.config.tokenizer}'"
         else: self.next = next_command("sample.py", self.config, SHARED, image=self.val.record(0)["name"], ask=self.val.record(0)["question"])
         return dict(val_loss=(sum(loss * n for loss, n in losses) / sum(n for _, n in losses)).item())

@@ -11,7 +11,7 @@ Train the VQRAE tokenizer: the paper's two stages, and before them a stage 0 for
     stage 1   encoder frozen; codebook and decoder learn to reconstruct       (eq. 4)   -> stage1.pt, tokenizer-stage1/
     stage 2   encoder too, held to its old features by distillation           (eq. 6)   -> stage2.pt, tokenizer-stage2/
 """
-import copy, functools, glob, hashlib, io, itertools, json, math, os, re, sys, tarfile, time, zlib
+import copy, functools, hashlib, io, itertools, json, math, os, re, sys, tarfile, time, warnings, zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -106,7 +106,8 @@ CARRIED = {f.name for f in (*fields(TrainConfig), *fields(VQRAEConfig))} - {    
 
 # ---- Data. Everything is a function of (seed, position): position 0, 1, 2, ... counts the images a run has seen, so that any
 # number of ranks and workers, and a resumed run, see the same images in the same order with the same crops.
-Image.MAX_IMAGE_PIXELS = 64 * 1024 * 1024         # PIL refuses twice as many as a decompression bomb
+Image.MAX_IMAGE_PIXELS = 64 * 1024 * 1024         # PIL refuses twice as many as a decompression bomb,
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)               # and warns of half of those
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 def decode(data):
@@ -164,7 +165,11 @@ def read_folder(folder):
     """Images below `folder`, sorted; caption and class from metadata.jsonl, else a .txt beside the image and the parent folder."""
     folder = Path(folder or "''")                                             # no name is not the current folder
     if not folder.is_dir(): raise UserError(f"{folder}: no such folder (data is shapes, a folder of images, or 'shards-{{000..127}}.tar')")
-    paths, captions = [*map(Path, glob.glob(f"{glob.escape(str(folder))}/**", recursive=True, include_hidden=True))], {}       # through links too
+    paths, seen, captions = [], set(), {}
+    for where, inside, names in os.walk(folder, followlinks=True):            # through links too, but nowhere twice
+        if os.path.realpath(where) in seen: inside.clear(), names.clear()
+        seen.add(os.path.realpath(where))
+        paths += [Path(where, name) for name in names]
     files = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     if not files: raise UserError(f"{folder}: no images in it ({', '.join(sorted(IMAGE_SUFFIXES))}); shards go by 'NAME-{{000..127}}.tar'")
     for metadata in (path for path in paths if path.name == "metadata.jsonl"):
@@ -309,7 +314,7 @@ def starting_point(config, model_config, ranks, resumed):
     """The model with the weights its stage begins from, and the frozen teacher T."""
     source, run = model_config.encoder_weights, Path(config.out_dir if config.init_from in ("", "none") else config.init_from)
     from_stage1 = config.stage == 2 and config.init_from != "none"
-    from_vfm = not from_stage1 and not (resumed and config.encoder_lr == 0)
+    from_vfm = not from_stage1 and not (resumed and resumed["config"]["encoder_lr"] == 0)
     if from_vfm and source not in ("stage0", "random"):                       # before all those weights are made: a missing file is told at once
         with torch.device("meta"): source = weights_file(Encoder(model_config), source)
     with ranks.device: model = VQRAE(model_config)                            # made there: on a CPU 800 million random weights take half a minute
@@ -335,7 +340,7 @@ def starting_point(config, model_config, ranks, resumed):
             check_same(load_checkpoint(source).get("model_config", {}), of_encoder, f"{source} is of another encoder, choose another --out_dir")
         load_encoder_weights(model.encoder, str(source))
     teacher = copy.deepcopy(model.encoder).requires_grad_(False).eval()       # before anything moves
-    if resumed and not torch.equal(resumed["teacher"], hallmark(teacher)):
+    if resumed and not torch.equal(resumed.get("teacher", hallmark(teacher)), hallmark(teacher)):
         raise UserError(f"the encoder in {run} is not the one that this stage {config.stage} began from: --overwrite starts it over")
     return model, teacher
 
@@ -348,7 +353,7 @@ def start_bottleneck(model, config, dataset, ranks):
         for batch in batches(dataset, size, range(pictures), min(64, config.batch_size), config.num_workers, ranks.device):
             Z_I.append(model.encode(batch["image"]).flatten(0, 1))                            # (B N, d)
             pixels.append(F.unfold(batch["image"], p, stride=p).transpose(1, 2).unflatten(2, (3, -1)).flatten(0, 1))      # (B N, 3, p p)
-        ranks.say(f"the codes start on {pictures} pictures, which takes a while for many codes")
+        ranks.say(f"the bottleneck starts on {pictures} pictures, which takes a while for many codes")
         model.start_on(torch.cat(Z_I), torch.cat(pixels))
 
 def as_file(images): return (full(images).clamp(0, 1) * 255).round() / 255    # to 8 bits, as a picture file holds them; still in [0, 1]
@@ -462,8 +467,7 @@ def train(config, model_config, ranks):
             if adversarial:
                 discriminator.requires_grad_(True)
                 d_net.require_backward_grad_sync = net.require_backward_grad_sync
-                with loss_amp: logits = full(d_net(torch.cat([X, X_hat.detach()])))                              # (2 b, 1, 16, 16)
-                real, fake = logits.chunk(2)
+                with loss_amp: real, fake = full(d_net(torch.cat([X, X_hat.detach()]))).chunk(2)                 # (b, 1, 16, 16) each
                 real_mean, fake_mean = ranks.mean_with_grad(real.mean()), ranks.mean_with_grad(fake.mean())
                 terms["discriminator"] = hinge_d_loss(real, fake)
                 terms["lecam"] = lecam(real_mean, fake_mean, *discriminator.means)
@@ -495,7 +499,7 @@ def train(config, model_config, ranks):
         ranks.say(f"stopped at step {step}, all saved. Go on with: {next_command(sys.argv[0], config, resume=True)}")
     elif ranks.first:                                                         # save the tokenizer, tell what came of it and what comes next
         folder, newest = out / f"tokenizer-stage{config.stage}", out / "tokenizer"
-        save_tokenizer(ema.float(), folder, teacher if model_config.encoder_weights in ("stage0", "random") else None)
+        save_tokenizer(ema.float(), folder, None if model_config.encoder_weights == "hub" else teacher)
         if newest.is_dir() and not newest.is_symlink(): newest.rename(f"{newest}-{start:.0f}")                 # some copies follow the link
         newest.unlink(missing_ok=True)
         newest.symlink_to(folder.name)

@@ -344,7 +344,7 @@ class PerceptualLoss(nn.Module):
         return [F.layer_norm(f, f.shape[-1:]) for f in x]
 
     def forward(self, x, y):
-        if self.kind == "vfm": return sum(F.mse_loss(a, b) for a, b in zip(self.features(x), self.features(y))) / 2         # two blocks
+        if self.kind == "vfm": return torch.stack([F.mse_loss(a, b) for a, b in zip(self.features(x), self.features(y))]).mean()
         loss = self.lpips(x * 2 - 1, y * 2 - 1).mean()                        # LPIPS wants [-1, 1]
         if self.kind == "lpips_convnext":
             x, y = (F.interpolate(i, size=224, mode="bilinear", antialias=True) for i in (x, y))
@@ -405,15 +405,10 @@ def load_tokenizer(folder, device="cpu"):
     with explained(f"{folder} cannot be read as a tokenizer"), contextlib.redirect_stdout(io.StringIO()):      # the mixin announces what it does
         return VQRAE.from_pretrained(str(folder)).to(device).eval()
 
-def teacher_source(folder, config):
-    """Where the weights of the VFM are that the tokenizer in `folder` began from: a file beside it, else what its config says, a file or "hub"."""
-    beside = Path(folder) / "teacher.safetensors"
-    return str(beside) if beside.is_file() else config.encoder_weights
-
 def load_teacher(folder, config):
-    """The frozen VFM that the tokenizer in `folder` began from."""
-    teacher = Encoder(config)
-    load_encoder_weights(teacher, teacher_source(folder, config))
+    """The frozen VFM that the tokenizer in `folder` began from: from the file beside it, or from where its config says."""
+    teacher, beside = Encoder(config), Path(folder) / "teacher.safetensors"
+    load_encoder_weights(teacher, weights_file(teacher, str(beside) if beside.is_file() else config.encoder_weights))
     return teacher.requires_grad_(False).eval()
 
 def save_checkpoint(path, state):
