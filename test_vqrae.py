@@ -207,6 +207,8 @@ def test_rae_baseline_differs_in_the_quantiser_alone(small):
     assert out.indices is None and out.vq_loss == 0
     with pytest.raises(UserError, match="no tokens"):
         rae.tokenize(pictures())
+    with pytest.raises(UserError, match="no tokens"):
+        rae.detokenize(torch.zeros(1, 16, dtype=torch.int64))
 
 
 def test_every_parameter_is_optimised_once_and_only_matrices_decay(small):
@@ -488,7 +490,7 @@ def test_every_field_is_read_somewhere():
     (["--colour", "red"], "unrecognized arguments: --colour"), (["--stage", "7"], "invalid choice"), (["--lr", "fast"], "invalid float"),
     (["--image_size", "60"], "--image_size 64"), (["--batch_size", "0"], "at least 1"), (["--encoder_kwargs", "{depth"], "encoder_kwargs"),
     (["--resume", "--overwrite"], "choose one"), (["--quantizer", "fsq"], "simvq or none"), (["--lr", "nan"], "at least 1e-12"),
-    (["--beta2", "1"], "below 1"), (["--profile"], "goes with --bench")])
+    (["--beta2", "1"], "below 1"), (["--profile"], "goes with --bench"), (["--seed", "9" * 23], "too large")])
 def test_bad_flags_get_one_line(argv, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:
         resolved(*argv)
