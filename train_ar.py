@@ -164,7 +164,9 @@ def grow_vocabulary(lm, text_tokenizer, tokenizer, which, max_length):
     boi, eoi = text_tokenizer.convert_tokens_to_ids([BOI, EOI])
     lm.config.visual = dict(offset=offset, codes=codes, tokens=tokenizer.config.num_tokens, boi=boi, eoi=eoi, max_length=max_length, tokenizer=which)
 
-def pad(rows, side): return nn.utils.rnn.pad_sequence([*map(torch.tensor, rows)], batch_first=True, padding_side=side)   # B lists -> (B, L)
+def pad(rows, side):                              # B lists -> (B, L). torch 2.8's pad_sequence fails while FLOP are counted
+    gaps = [max(map(len, rows)) - len(row) for row in rows]
+    return torch.stack([F.pad(torch.tensor(row), (gap, 0) if side == "left" else (0, gap)) for row, gap in zip(rows, gaps)])
 def pad_ids(rows, side="left"):                   # B lists of ids -> ids and mask, (B, L) each; the mask hides the padding's 0
     return pad(rows, side), pad([[1] * len(row) for row in rows], side)
 
@@ -471,8 +473,7 @@ class Understand:
     def validate(self, parts):
         """Mean loss of all answers' tokens; their share of right answers is eval.py's."""
         losses = [(self.loss(self.net, *(t.to(self.device) for t in batch)), batch[1][:, 1:].sum()) for batch in self.stream(parts, val=True)]
-        begun = Path(self.config.out_dir, "mllm/sft.pt").exists()
-        if self.config.phase == "pretrain": self.next = next_command("train_ar.py", self.config, CARRIED, task="understand", phase="sft", overwrite=begun)
+        if self.config.phase == "pretrain": self.next = next_command("train_ar.py", self.config, CARRIED, task="understand", phase="sft")
         elif self.val is None: self.next = next_command("eval.py", self.config, SHARED - {"tokenizer"}, vqa=True) + f" '{self.config.tokenizer}'"
         else: self.next = next_command("sample.py", self.config, SHARED, image=self.val.record(0)["name"], ask=self.val.record(0)["question"])
         return dict(val_loss=(sum(loss * n for loss, n in losses) / sum(n for _, n in losses)).item())
