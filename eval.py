@@ -364,11 +364,10 @@ def main():
     if not os.access(out, os.W_OK): raise UserError(f"--out_dir {out} cannot be written to")
     if config.curves: return draw_curves(out)
     if config.generation and not ranks.first: return
-    score = generation if config.generation else vqa if config.vqa else evaluate
+    task, load = (generation, load_generator) if config.generation else (vqa, load_mllm) if config.vqa else (evaluate, lambda _, f: load_tokenizer(f))
     folders = config.tokenizers or [f"{config.out_dir}/tokenizer"]
-    load = load_mllm if config.vqa else load_generator if config.generation else lambda _, folder: load_tokenizer(folder)
     for folder in folders[1:]: load(config.out_dir, folder)                   # or the first's hour would be lost
-    results = {folder: score(folder, config, ranks) for folder in folders}
+    results = {folder: task(folder, config, ranks) for folder in folders}
     if ranks.first:
         for folder in folders: results[folder]["tokenizer"] = identity(folder)
         path, result = out / ("vqa.json" if config.vqa else "eval.json"), results if len(results) > 1 else results[folders[0]]

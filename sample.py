@@ -217,9 +217,9 @@ def main():
         return
     ranks.say(f"{len(jobs)} pictures or grids in {out}, {len(jobs) - len(todo)} of them there already")
     todo, each, shown = todo[ranks.rank::ranks.size], len(jobs[0].seeds), []  # each: pictures in a file; shown: the first 64, for a grid
-    at_once = min(max(1, config.batch_size // each), len(todo))               # files
+    at_once = max(1, min(config.batch_size // each, len(todo)))               # files
     bar = tqdm(total=len(todo) * each * visual["tokens"], desc="sampling", unit="code", disable=not ranks.first)
-    for part in torch.utils.data.BatchSampler(todo, max(1, at_once), drop_last=False):
+    for part in torch.utils.data.BatchSampler(todo, at_once, drop_last=False):
         fill = (part * at_once)[:at_once] if compiled else part               # a compiled step has one batch size
         codes = draw([job.prompt for job in fill for _ in job.seeds], [seed for job in fill for seed in job.seeds], bar=bar)[:len(part) * each]
         images = resize(tokenizer.detokenize(codes).clamp(0, 1), resolution).cpu()         # (b each, 3, resolution, resolution)

@@ -61,6 +61,10 @@ class ARConfig:
     compile: bool = False                 # torch.compile, block by block: a minute or two first, then faster steps on a GPU
     checkpointing: bool = False           # recompute activations in the backward pass: less memory, more time
     seed: int = 0                         # of weights, files' order and dropped captions
+    log_every: int = 50                   # [ours] steps
+    eval_every: int = 2500                # [ours] validation loss and a grid of samples
+    save_every: int = 2500                # [ours]
+    val_images: int = 256                 # [ours] images a validation
     # model
     lm: str = "Qwen/Qwen3-0.6B"           # [T9] a language model of transformers by hub name or local folder, Qwen3 to generate; or random
     lm_config: dict = None                # all that Qwen3Config is made of for --lm random, whose words are those of the captions
@@ -80,10 +84,6 @@ class ARConfig:
     eps: float = 1e-15                    # [T9]
     weight_decay: float = 0.0             # [T9]
     clip: float = 1.0                     # [T9] gradient norm
-    log_every: int = 50                   # [ours] steps
-    eval_every: int = 2500                # [ours] validation loss and a grid of samples
-    save_every: int = 2500                # [ours]
-    val_images: int = 256                 # [ours] images a validation
 
     def __post_init__(self):
         check_run(self, eps=0)
@@ -284,9 +284,9 @@ class Conversations(Images):
                 if "image" not in row: continue
                 turns = [(q["value"].strip(), a["value"].strip()) for q, a in zip(row["conversations"][::2], row["conversations"][1::2], strict=True)]
                 if row["conversations"][0].get("from") == "gpt": raise ValueError("gpt speaks first")
-                marks, first = sum(question.count("<image>") for question, _ in turns), " ".join(turns[0][0].replace("<image>", "").split()[:12])
+                marks = sum(question.count("<image>") for question, _ in turns)
                 if marks != 1: raise ValueError(f"<image> must stand in its questions exactly once, not {marks} times")
-                records.append(dict(name=folder / row["image"], turns=turns, question=first or "what is this?"))
+                records.append(dict(name=folder / row["image"], turns=turns))
         if records and not records[0]["name"].is_file(): raise UserError(f"{file}: no file {records[0]['name']}; --images DIR names the folder")
         if len(records) < len(rows): print(f"{file}: {len(rows) - len(records)} conversations have no image and are left out")
         return records
@@ -437,7 +437,7 @@ class Understand:
         self.lm, self.text_tokenizer = build_lm(config, texts + ["USER: ASSISTANT:"])
         self.lm.config.understand = understand | dict(max_length=config.max_length)
         if self.text_tokenizer.eos_token_id is None: raise UserError(f"the tokenizer of --lm {config.lm} has no eos_token, with which answers end")
-        for data in filter(None, (self.data, self.val)): data.encode = self.encode
+        for data in filter(None, (self.data, self.val)): data.encode = self.encode      # what it refuses is stepped over, as unreadable images are
         self.net = MLLM(self.lm, model_config.dim)
         if config.phase == "sft":
             before = folder / "pretrain.pt"
@@ -475,7 +475,10 @@ class Understand:
         losses = [(self.loss(self.net, *(t.to(self.device) for t in batch)), batch[1][:, 1:].sum()) for batch in self.stream(parts, val=True)]
         if self.config.phase == "pretrain": self.next = next_command("train_ar.py", self.config, CARRIED, task="understand", phase="sft")
         elif self.val is None: self.next = next_command("eval.py", self.config, SHARED - {"tokenizer"}, vqa=True) + f" '{self.config.tokenizer}'"
-        else: self.next = next_command("sample.py", self.config, SHARED, image=self.val.record(0)["name"], ask=self.val.record(0)["question"])
+        else:
+            image, ((first, _), *_) = self.val.record(0).values()
+            ask = " ".join(first.replace("<image>", "").split()[:12]) or "what is this?"
+            self.next = next_command("sample.py", self.config, SHARED, image=image, ask=ask)
         return dict(val_loss=(sum(loss * n for loss, n in losses) / sum(n for _, n in losses)).item())
 
 def send(message, src_rank, group, device):

@@ -51,6 +51,10 @@ class TrainConfig:
     checkpointing: bool = False           # recompute activations in the backward pass: less memory, more time
     tf32: bool = False                    # float32 products in TensorFloat-32 on a GPU, the code search included
     seed: int = 0                         # of weights, files' order and crops
+    log_every: int = 50                   # [ours] steps
+    eval_every: int = 5000                # [ours] validation PSNR and a grid
+    save_every: int = 5000                # [ours]
+    val_images: int = 256                 # [ours] images a validation
     # data
     batch_size: int = 1024                # [T7] images a step, over all ranks and accumulation
     micro_batch: int = 0                  # images a rank takes at a time, the rest by accumulation; 0: all at once
@@ -81,10 +85,6 @@ class TrainConfig:
     disc_lr: float = 4e-5                 # [T7]
     disc_width: int = 128                 # [TiTok]
     lecam_weight: float = 0.001           # [TiTok]
-    log_every: int = 50                   # [ours] steps
-    eval_every: int = 5000                # [ours] validation PSNR and a grid
-    save_every: int = 5000                # [ours]
-    val_images: int = 256                 # [ours] images a validation
 
     def __post_init__(self):
         check_run(self, ema_decay=0, disc_width=1, encoder_lr=0, disc_lr=0, distill_weight=0, disc_weight=0, stage0_lr=1e-12, stage0_steps=1)
@@ -338,23 +338,22 @@ def starting_point(config, model_config, ranks, resumed):
                 else: pretrain(config, model_config, ranks.device, source)
             of_encoder = {name: getattr(model_config, name) for name in ("encoder", "encoder_kwargs", "patch_size", "dim")}
             check_same(load_checkpoint(source).get("model_config", {}), of_encoder, f"{source} is of another encoder, choose another --out_dir")
-        load_encoder_weights(model.encoder, str(source))
+        if source != "random": load_encoder_weights(model.encoder, str(source))
     teacher = copy.deepcopy(model.encoder).requires_grad_(False).eval()       # before anything moves
     if resumed and not torch.equal(resumed.get("teacher", hallmark(teacher)), hallmark(teacher)):
         raise UserError(f"the encoder in {run} is not the one that this stage {config.stage} began from: --overwrite starts it over")
     return model, teacher
 
 @torch.no_grad()
-def start_bottleneck(model, config, dataset, ranks):
-    """Start to_code and the codes on this data's own features and pixels: on rank 0, from which DDP will copy them to the others."""
-    if ranks.first:
-        size, p, k, Z_I, pixels = model.config.image_size, model.config.patch_size, model.config.codebook_size, [], []
-        pictures = max(64, min(128 * k, max(32 * k, 1 << 19)) // model.config.num_tokens)     # for half a million patches; but 32 to 128 a code
-        for batch in batches(dataset, size, range(pictures), min(64, config.batch_size), config.num_workers, ranks.device):
-            Z_I.append(model.encode(batch["image"]).flatten(0, 1))                            # (B N, d)
-            pixels.append(F.unfold(batch["image"], p, stride=p).transpose(1, 2).unflatten(2, (3, -1)).flatten(0, 1))      # (B N, 3, p p)
-        ranks.say(f"the bottleneck starts on {pictures} pictures, which takes a while for many codes")
-        model.start_on(torch.cat(Z_I), torch.cat(pixels))
+def start_bottleneck(model, config, dataset):
+    """Start to_code and the codes on this data's own features and pixels. Rank 0 alone does: DDP copies them to the others."""
+    size, p, k, Z_I, pixels = model.config.image_size, model.config.patch_size, model.config.codebook_size, [], []
+    pictures = max(64, min(128 * k, max(32 * k, 1 << 19)) // model.config.num_tokens)         # for half a million patches; but 32 to 128 a code
+    for batch in batches(dataset, size, range(pictures), min(64, config.batch_size), config.num_workers, model.from_code.weight.device):
+        Z_I.append(model.encode(batch["image"]).flatten(0, 1))                                # (B N, d)
+        pixels.append(F.unfold(batch["image"], p, stride=p).transpose(1, 2).unflatten(2, (3, -1)).flatten(0, 1))          # (B N, 3, p p)
+    print(f"the bottleneck starts on {pictures} pictures, which takes a while for many codes", flush=True)
+    model.start_on(torch.cat(Z_I), torch.cat(pixels))
 
 def as_file(images): return (full(images).clamp(0, 1) * 255).round() / 255    # to 8 bits, as a picture file holds them; still in [0, 1]
 def psnr(x, y):                                                                # (B, 3, H, W) in [0, 1], both rounded to 8 bits -> (B,) dB
@@ -394,9 +393,10 @@ def train(config, model_config, ranks):
     if perceptual: perceptual.vfm = teacher
     torch.manual_seed(config.seed)                                            # the same from here on, whether stage 0 ran just now or not
     discriminator = Discriminator(config.disc_width) if config.disc_start >= 0 else None
+    if config.disc_start >= config.total_steps: ranks.say(f"note: --disc_start {config.disc_start} is after the last step: no discriminator")
     frozen, dtype = config.encoder_lr == 0, torch.float64 if config.precision == "float64" else None
     model.encoder.requires_grad_(not frozen)
-    if not (resumed or config.bench) and (config.stage == 1 or config.init_from == "none"): start_bottleneck(model, config, data, ranks)
+    if ranks.first and not (resumed or config.bench) and (config.stage == 1 or config.init_from == "none"): start_bottleneck(model, config, data)
     nn.ModuleList(filter(None, (model, teacher, perceptual, discriminator))).to(device, dtype)
     nn.ModuleList(filter(None, (perceptual, discriminator))).to(memory_format=torch.channels_last)      # faster convolutions, the same numbers
     ema = copy.deepcopy(model).requires_grad_(False).eval()
@@ -507,9 +507,8 @@ def train(config, model_config, ranks):
                 "validation codebook use": ema.quantizer and f"{val_usage:.1%} of {model_config.codebook_size} codes",
                 "time": f"{(time.time() - start) / 60:.1f} minutes", "pictures": pictures, "tokenizer": folder,
                 "unreadable images": data and len(data.skipped)})
-        if config.stage == 1: following = next_command("train_tokenizer.py", config, CARRIED, stage=2, overwrite=(out / "stage2.pt").exists())
-        else: following = next_command("eval.py", config, {"device", "lpips_weights"}, data=val_source, out_dir=out, part=hold_out and "val")
-        print("\nNext:", following)
+        if config.stage == 1: print("\nNext:", next_command("train_tokenizer.py", config, CARRIED, stage=2, overwrite=(out / "stage2.pt").exists()))
+        else: print("\nNext:", next_command("eval.py", config, {"device", "lpips_weights"}, data=val_source, out_dir=out, part=hold_out and "val"))
     ranks.wait()
 
 def main():

@@ -151,9 +151,8 @@ def weights_file(encoder, source):
     raise UserError(f"no file {path} of encoder weights: put it there, or give --encoder_weights FILE, hub (if timm has them there) or random")
 
 def load_encoder_weights(encoder, source):
-    """Fill `encoder` from `source`: "hub", "random" (left as it is), or a file. Every key must fit: a silent partial load
-    leaves a ViT that looks fine and is not. Only the pooling head and the norm past the tap are dropped."""
-    if source == "random": return
+    """Fill `encoder` from `source`: "hub" or a file. Every key must fit: a silent partial load leaves a ViT that looks fine and is not.
+    Only the pooling head and the norm past the tap are dropped."""
     path, vit = weights_file(encoder, source), encoder.vit
     with explained(f"{path} cannot be read, or does not fit the encoder {vit.pretrained_cfg['architecture']}"):
         state = load_file(path) if str(path).endswith(".safetensors") else load_checkpoint(path)
@@ -409,7 +408,7 @@ def load_tokenizer(folder, device="cpu"):
 def load_teacher(folder, config):
     """The frozen VFM that the tokenizer in `folder` began from: from the file beside it, or from where its config says."""
     teacher, beside = Encoder(config), Path(folder) / "teacher.safetensors"
-    load_encoder_weights(teacher, weights_file(teacher, str(beside) if beside.is_file() else config.encoder_weights))
+    load_encoder_weights(teacher, str(beside) if beside.is_file() else config.encoder_weights)
     return teacher.requires_grad_(False).eval()
 
 def save_checkpoint(path, state):
@@ -442,8 +441,8 @@ def compile_parts(*networks):
     options = dict(comprehensive_padding=False)                               # else so400m's rows of 4,304 are padded, and biases copied
     for part in (part for network in filter(None, networks) for part in network.modules()):
         name = type(part).__name__                                            # timm's and transformers' blocks; the losses' networks
-        if name in ("Block", "ConvNeXt", "LPIPS", "Discriminator") or name.endswith("DecoderLayer"):
-            part.compile(dynamic=None if name.endswith("DecoderLayer") else False, options=options)             # texts vary in length
+        if name in ("Block", "ConvNeXt", "LPIPS", "Discriminator"): part.compile(dynamic=False, options=options)
+        if name.endswith("DecoderLayer"): part.compile(options=options)       # texts vary in length
 
 def uniform(seed, n): return torch.rand(n, generator=torch.Generator().manual_seed(seed % 2 ** 63))      # n numbers in [0, 1), the same for a seed
 def lr_factor(step, warmup, total, floor):
