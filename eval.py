@@ -86,8 +86,7 @@ def inception(weights):
 
 @torch.no_grad()
 def reconstruction(model, nets, dataset, positions, config, ranks):
-    """One pass over the images -> the metrics, and the codes' counts (k,). nets: lpips, rfid and teacher, those there are; what needs
-    another is left out. positions: this rank's share."""
+    """One pass over the images -> the metrics, and the codes' counts (k,). nets: those there are of lpips, rfid, teacher. positions: this rank's."""
     native, size = model.config.image_size, config.size or model.config.output_size
     features = collections.defaultdict(float)                                 # moments of (metric, side)
     sums, objects = collections.Counter(), torch.zeros(5, dtype=torch.float64)
@@ -160,8 +159,9 @@ def semantics(model, teacher, dataset, total, config, device):
     singles = (dict(image=render(s), label=(s.shape[:, 0] * 8 + s.color[:, 0]).tolist()) for s in scenes)
     for batch in singles if dataset is None else batches(dataset, model.config.image_size, range(total), config.batch_size, config.num_workers):
         images = resize(batch["image"].to(device), model.config.image_size)
-        result = model(images)
-        found = dict(features=result.Z_I, teacher=teacher and teacher(images), tokens=model.quantizer and model.quantizer.lookup(result.indices))
+        Z_I = model.encode(images)                                            # (B, N, d)
+        Z_q = model.quantizer and model.quantizer.lookup(model.quantizer(model.to_code(Z_I))[1])                # (B, N, e)
+        found = dict(features=Z_I, teacher=teacher and teacher(images), tokens=Z_q)
         for name, z in found.items():
             if z is not None: rows[name].append(z.mean(1).float().cpu())                        # (B, N, d) -> (B, d)
         labels += batch["label"]
@@ -192,8 +192,7 @@ def draw_clusters(rows, images, path, k=8, across=8):
             sides.append(make_grid(shown, nrow=across, pad_value=1))
     save_image(torch.cat(sides, 2), path)
 
-# ---- The checker: what objects are in a picture of the shapes world? Analysis by synthesis: cut out what has a colour, and see
-# which shape, drawn there in that size, comes nearest. No learned model.
+# ---- The checker reads objects back from pictures of the shapes world: cuts out what has a colour, and draws every shape there to see which fits
 def find_objects(images, least_area=25):
     """(B, 3, 64, 64) in [0, 1] -> for M found objects: picture, shape, color (M,) int64, x, y (M,) pixels."""
     delta, size = images - images.mean(1, keepdim=True), SIDE * SIDE          # (B, 3, H, W); what has a colour is no background
@@ -316,12 +315,11 @@ def evaluate(folder, config, ranks):
         dataset.chosen = dataset.chosen[[i * len(dataset) // total for i in range(total)]]
     if total < max(2, ranks.size): raise UserError(f"{total} images are too few on {ranks.size} ranks: give at least {max(2, ranks.size)}")
     nets, reasons = {}, {}
-    for name, build, *source in (("teacher", load_teacher, folder, model.config), ("lpips", build_lpips, config.lpips_weights),
-                                 ("rfid", inception, config.inception_weights)):
-        try:
-            nets[name] = build(*source).requires_grad_(False).to(ranks.device)
-        except UserError as error:                                            # the metrics that do without it still come out
-            reasons[name] = str(error)
+    with ranks.first_alone():                                                 # it may download
+        for name, build, *source in (("teacher", load_teacher, folder, model.config), ("lpips", build_lpips, config.lpips_weights),
+                                     ("rfid", inception, config.inception_weights)):
+            try: nets[name] = build(*source).requires_grad_(False).to(ranks.device)
+            except UserError as error: reasons[name] = str(error)             # the metrics that do without it still come out
     metrics, counts = reconstruction(model, nets, dataset, range(first + ranks.rank, first + total, ranks.size), config, ranks)
     keys = "psnr ssim ssim_dr2 lpips rfid fd_vfm codebook_usage codebook_perplexity token_entropy_bits cosine_to_teacher"
     result = dict.fromkeys(keys.split()) | metrics
@@ -362,8 +360,8 @@ def main():
     if ranks.first: print_config(origin, config)
     out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK): raise UserError(f"--out_dir {out} cannot be written to")
+    if (config.generation or config.vqa or config.curves) and not ranks.first: return
     if config.curves: return draw_curves(out)
-    if config.generation and not ranks.first: return
     task, load = (generation, load_generator) if config.generation else (vqa, load_mllm) if config.vqa else (evaluate, lambda _, f: load_tokenizer(f))
     folders = config.tokenizers or [f"{config.out_dir}/tokenizer"]
     for folder in folders[1:]: load(config.out_dir, folder)                   # or the first's hour would be lost

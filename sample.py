@@ -107,9 +107,8 @@ def cache_and_step(lm, length, compiled, *_):     # _: rows, dtype and device, u
 
 @torch.inference_mode()                           # a tenth faster than no_grad where steps are small
 def generate(lm, text_tokenizer, prompts, seeds, guidance=1.0, temperature=1.0, top_k=0, top_p=1.0, width=0, compiled=False, bar=None):
-    """B captions and B seeds -> codes (B, N) int64. "" is the unconditional prompt. See check_options for the options' ranges.
-    width: columns for the captions, if more than the longest needs (equal shapes spare compilations). compiled: with
-    torch.compile, worth it on a GPU. bar: a tqdm, that counts codes. Raises UserError on an option out of range."""
+    """B captions ("": the unconditional prompt) and B seeds -> codes (B, N) int64; UserError for options out of check_options's range. width: columns
+    for the captions, if more than the longest needs (equal shapes spare compilations). compiled: by torch.compile, for GPUs. bar: tqdm, of codes."""
     check_options(guidance, temperature, top_k, top_p)
     visual, device, B, N = lm.config.visual, lm.device, len(prompts), lm.config.visual["tokens"]
     chance = torch.stack([uniform(seed, N) for seed in seeds]).to(device)     # (B, N): the only randomness
@@ -198,7 +197,7 @@ def main():
     config, _, origin = parse_config(SampleConfig, PRESETS)
     ranks = Ranks(config.device)
     if ranks.first: print_config(origin, config)
-    if config.ask: return converse(config, ranks.device)
+    if config.ask: return ranks.first and converse(config, ranks.device)
     out, jobs = read_jobs(config)
     lm, text_tokenizer, tokenizer = load_generator(config.out_dir, config.tokenizer, ranks.device, config.dtype)
     visual, resolution = lm.config.visual, config.resolution or tokenizer.config.output_size
@@ -215,7 +214,7 @@ def main():
         timed = bench(config, ranks, steps=visual["tokens"], unit="codes")    # True counts as 1
         while not next(timed): draw([jobs[0].prompt] * config.batch_size, range(config.batch_size))
         return
-    ranks.say(f"{len(jobs)} pictures or grids in {out}, {len(jobs) - len(todo)} of them there already")
+    if config.geneval or config.dpg: ranks.say(f"{len(jobs)} pictures or grids in {out}, {len(jobs) - len(todo)} of them there already")
     todo, each, shown = todo[ranks.rank::ranks.size], len(jobs[0].seeds), []  # each: pictures in a file; shown: the first 64, for a grid
     at_once = max(1, min(config.batch_size // each, len(todo)))               # files
     bar = tqdm(total=len(todo) * each * visual["tokens"], desc="sampling", unit="code", disable=not ranks.first)
@@ -233,8 +232,8 @@ def main():
     bar.close()
     ranks.wait()
     if ranks.first and not (config.dpg or config.geneval): save_image(shown, out / "grid.png", nrow=8)
-    if config.dpg: ranks.say(f"\nNext, in DPG-Bench's folder: compute_dpg_bench.py --image-root-path '{out}' --pic-num 4 --resolution {resolution}")
-    elif config.geneval: ranks.say(f"\nNext, in GenEval's folder: evaluation/evaluate_images.py '{out}' --outfile results.jsonl")
+    if config.dpg: ranks.say(f"\nNext, in DPG-Bench: compute_dpg_bench.py --image-root-path {str(out)!r} --pic-num 4 --resolution {resolution}")
+    elif config.geneval: ranks.say(f"\nNext, in GenEval: evaluation/evaluate_images.py {str(out)!r} --outfile results.jsonl")
     else: ranks.say(f"\n{len(jobs)} pictures in {out}; {len(shown)} of them together in {out / 'grid.png'}")
 
 if __name__ == "__main__":

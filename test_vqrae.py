@@ -748,6 +748,19 @@ def test_centre_crop():
     assert (tt.crop(tt.TF.to_pil_image(image), 20) == 255).all()
 
 
+def test_crops_are_of_whole_pixels_after_the_resize():
+    """As torchvision's Resize and RandomCrop do it: bit for bit where nothing is resized, and nearly so where the crop comes first."""
+    image = torch.randint(0, 256, (3, 20, 33), dtype=torch.uint8)
+    large = F.interpolate(image[None].float(), scale_factor=4, mode="bicubic").clamp(0, 255).byte()[0]
+    resized = tt.TF.pil_to_tensor(tt.TF.to_pil_image(large).resize((33, 20), tt.Image.Resampling.BICUBIC)).float()
+    for u in (0.0, 0.11, 0.5, 0.77, 0.999):
+        x = round(u * 13)
+        assert torch.equal(tt.crop(tt.TF.to_pil_image(image), 20, (u, 0.3, 1)), image[:, :, x:x + 20])
+        assert torch.equal(tt.crop(tt.TF.to_pil_image(image.transpose(1, 2)), 20, (0.3, u, 1)), image.transpose(1, 2)[:, x:x + 20])
+        difference = (tt.crop(tt.TF.to_pil_image(large), 20, (u, 0.3, 1)) - resized[:, :, x:x + 20])[:, :, 2:-2]       # at the crop's edge it sees less
+        assert difference.abs().max() <= 1
+
+
 def test_tar_shards_hold_the_same_images(folder, tmp_path, capsys, monkeypatch):
     files = sorted(folder.rglob("*.png"))
     for shard in range(2):
@@ -1188,7 +1201,7 @@ def test_generator_end_to_end(trained):
     weights = sum(p.numel() for p in train_ar.load_generator(out)[0].model.layers.parameters())
     assert 1 < gflop / (2e-9 * weights * 2 * 3) < 2                           # 2 x weights x rows (guided: 2 x 3), the prompt, attention and the head
     said = run("sample.py", "--out_dir", out, *["--prompt", "a red circle left of a blue square"] * 2, "--prompt", "four stars", "--device", "cpu")
-    assert "2 pictures or grids" in said                                      # each caption once
+    assert "2 pictures in" in said                                      # each caption once
     assert Image.open(out / "samples" / "four-stars-0.png").size == (32, 32)
     assert "never learned the word" in run("sample.py", "--out_dir", out, "--prompt", "a mauve circle", fails=True)
 
@@ -1277,7 +1290,7 @@ def test_generator_on_two_ranks_equals_one(trained, tmp_path):
              "--precision", "float64"]
     run(*flags, "--total_steps", 4, "--out_dir", tmp_path / "one")
     run(*flags, "--total_steps", 2, "--out_dir", tmp_path / "two", ranks=2)
-    run(*flags, "--total_steps", 4, "--out_dir", tmp_path / "two", "--resume", ranks=2)             # each rank's moments are read back
+    run(*flags, "--total_steps", 4, "--out_dir", tmp_path / "two", "--resume", "--micro_batch", 1, ranks=2)    # each rank's moments are read back
     one, two = (losses(tmp_path / name / "log_ar.jsonl") for name in ("one", "two"))
     assert one.keys() == two.keys() and all(abs(one[step] - two[step]) < 1e-9 for step in one)
 
@@ -1639,4 +1652,4 @@ def test_stage_2_wants_the_stage_1_that_it_began_from_with_its_encoder_frozen(tr
 def test_a_collapsed_codebook_is_called_out(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tt, "start_bottleneck", lambda model, *_: model.quantizer.codebook.mul_(0).add_(9).__setitem__(0, 0.0))
     run_inside("train_tokenizer.py", *WEE, "--out_dir", str(tmp_path), "--init_from", str(trained[0]), "--warmup_steps", "2")
-    assert "of the codes are in use. Try a larger --codebook_dim" in capsys.readouterr().out
+    assert "of the codes are in use. Try more --warmup_steps" in capsys.readouterr().out

@@ -32,8 +32,8 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, logging
 
-from train_tokenizer import (COLORS, NUMBERS, PLURAL, SHAPES, VALIDATION, Images, article, batches, captions, crop, decode, fingerprint, plan, render,
-                             shuffled, uniforms)
+from train_tokenizer import (COLORS, NUMBERS, PLURAL, SHAPES, VALIDATION, Images, article, batches, captions, crop, decode, fingerprint, note, plan,
+                             render, shuffled, uniforms)
 from vqrae import (Log, Ranks, UserError, bench, check_finite, check_run, check_same, command_line, compile_parts, explained, full, hub_file,
                    ignore_signals, load_checkpoint, load_teacher, load_tokenizer, lr_factor, next_command, no_autocast, open_run, parse_config,
                    print_config, report, resize, save_checkpoint, split_batch, uniform)
@@ -47,7 +47,7 @@ class ARConfig:
     task: Literal["generate", "understand"] = "generate"  # write pictures, or answer questions about them
     phase: Literal["pretrain", "sft"] = ""  # [T8] of understanding: connector on captions, then LLM too on conversations; none given: both
     data: str = "shapes"                  # shapes; generate: folder of captioned images or 'shards-{000..127}.tar'; understand: LLaVA's JSON
-    val_data: str = ""                    # the same for validation; "": every 20th image is held out; of shapes other numbers
+    val_data: str = ""                    # the same for validation; "": every 20th image, held out; shapes: pictures never trained on
     images: str = ""                      # understand: the folder that the JSON's image paths start from; "": the JSON's own
     out_dir: str = ""                     # the run's folder; "": out/CONFIG
     tokenizer: str = ""                   # folder of the VQRAE tokenizer; "": out_dir/tokenizer
@@ -108,8 +108,8 @@ PRESETS = {
     "config tiny, phase sft": dict(total_steps=1500, lr=1e-3),                                                                        # [ours]
 }
 
-SHARED = {"config", "out_dir", "device", "tokenizer"}                         # flags that the next command takes over,
-CARRIED = SHARED | set("data val_data images lm lm_config max_length micro_batch num_workers precision compile checkpointing seed".split())  # and SFT
+SHARED = {"config", "out_dir", "device", "tokenizer"}                         # flags that the next command takes over; CARRIED: SFT
+CARRIED = SHARED | set("data val_data images lm lm_config max_length micro_batch num_workers precision compile checkpointing seed".split())
 
 # ---- Language model and layout. What sets ours apart from any other Qwen3 is written in its config as `visual`:
 # offset and codes (the ids offset ... offset + codes - 1 are pictures), tokens (N), boi, eoi, max_length, and which tokenizer.
@@ -152,17 +152,17 @@ def grow_vocabulary(lm, text_tokenizer, tokenizer, which, max_length):
     (151936) than its tokenizer has tokens (151669). A new row is a random projection of its code's vector C W, so that codes that look alike
     begin alike (README), with the mean and spread of the old rows; left to itself, transformers makes all new rows nearly the same."""
     text_tokenizer.add_tokens([BOI, EOI], special_tokens=True)
-    old, codes = lm.config.vocab_size, tokenizer.config.codebook_size
+    old, k = lm.config.vocab_size, tokenizer.config.codebook_size
     offset = max(old, len(text_tokenizer))
-    lm.resize_token_embeddings(offset + codes, mean_resizing=False)
-    vectors = tokenizer.quantizer.lookup(torch.arange(codes, device=tokenizer.quantizer.codebook.device)).cpu()     # (k, e)
+    lm.resize_token_embeddings(offset + k, mean_resizing=False)
+    vectors = tokenizer.quantizer.lookup(torch.arange(k, device=tokenizer.quantizer.codebook.device)).cpu()     # (k, e)
     vectors = F.layer_norm(vectors - vectors.mean(0), vectors.shape[1:])
     vectors = vectors @ torch.randn(vectors.shape[1], lm.config.hidden_size) / vectors.shape[1] ** 0.5     # (k, hidden), about N(0, 1)
     vectors = torch.cat([torch.randn(offset - old, lm.config.hidden_size), vectors])
     for table in {lm.get_input_embeddings().weight, lm.get_output_embeddings().weight}:       # one and the same where they are tied
         table[old:] = table[:old].mean(0) + table[:old].std() * vectors
     boi, eoi = text_tokenizer.convert_tokens_to_ids([BOI, EOI])
-    lm.config.visual = dict(offset=offset, codes=codes, tokens=tokenizer.config.num_tokens, boi=boi, eoi=eoi, max_length=max_length, tokenizer=which)
+    lm.config.visual = dict(offset=offset, codes=k, tokens=tokenizer.config.num_tokens, boi=boi, eoi=eoi, max_length=max_length, tokenizer=which)
 
 def pad(rows, side):                              # B lists -> (B, L). torch 2.8's pad_sequence fails while FLOP are counted
     gaps = [max(map(len, rows)) - len(row) for row in rows]
@@ -180,8 +180,7 @@ def layout(text_tokenizer, visual, texts, codes=None):
 
 def visual_logits(lm, hidden):                                                # (..., hidden)
     """Logits of the k codes alone (..., k), in training as in sampling: a picture has no other token, and Qwen3's 151936 cost ten times as much."""
-    offset, codes = lm.config.visual["offset"], lm.config.visual["codes"]
-    return F.linear(hidden, lm.get_output_embeddings().weight[offset:offset + codes])
+    return F.linear(hidden, lm.get_output_embeddings().weight[lm.config.visual["offset"]:])
 
 class PictureLM(nn.Module):
     """The language model as it is trained: layouts (B, T + N + 2) -> logits of v_1 ... v_N (B, N, k)."""
@@ -259,6 +258,16 @@ def chat(text_tokenizer, turns, tokens, plain=False):
             scored += [True] * (len(ids) - len(scored))
     return ids, scored
 
+def encode(text_tokenizer, tokens, max_length, plain, turns):
+    """chat's ids and scored, cut to max_length; refused if that cuts the image or leaves no word of an answer."""
+    ids, scored = (x[:max_length] for x in chat(text_tokenizer, turns, tokens, plain))
+    if ids.count(IMAGE) == tokens and any(scored): return dict(ids=ids, scored=scored)
+    raise UserError(f"image and answer do not fit into --max_length {max_length}")
+
+def collate(rows):                                # B dicts of ids, scored and image -> (B, L) twice, (B, 3, h, w)
+    for line in (line for row in rows for line in row.get("skipped", "").splitlines()): note(f"skipped {line}")
+    return *(pad([row[name] for row in rows], "right") for name in ("ids", "scored")), torch.stack([row["image"] for row in rows])
+
 class MLLM(nn.Module):
     """LLaVA-1.5: a language model that reads Z_I (B, N, d) through a two-layer connector, in the place of <image>."""
     def __init__(self, lm, dim):
@@ -312,7 +321,7 @@ def questions(index, scene):
         if u[2] < 0.5:                                                        # POPE asks half its questions about what is not there,
             color, shape = list(COLORS)[int(u[3] * 8)], (SHAPES[int(u[4] * 6)] if u[5] < 0.5 else shape)      # half of those with something right
         asked[f"is there {article(color)} {shape}?"] = "presence", "yes" if (color, shape) in things else "no"
-        if u[6] < 0.4 and len(set(drawn)) == n:                               # else nearly all answers were "one"
+        if u[6] < 0.4 and len(set(drawn)) == n:                               # of one shape, all answers would be "one"
             asked["how many objects are there?"] = "counting", NUMBERS[n]
         else:
             shape = drawn[i] if u[6] < 0.8 else SHAPES[int(u[7] * 6)]
@@ -365,7 +374,7 @@ class Generate:
         if self.tokenizer.quantizer is None: raise UserError(f"{config.tokenizer} has no codes (quantizer none): train one with --quantizer simvq")
         if config.max_length < (least := self.tokenizer.config.num_tokens + 18):
             raise UserError(f"--max_length {config.max_length} has no room for a picture, its two marks and a caption of 16 tokens: at least {least}")
-        self.draw, self.note = functools.cache(self.draw), functools.cache(tqdm.write)          # a batch of shapes is drawn, a note written once
+        self.draw = functools.cache(self.draw)                                # a batch of shapes is drawn once
         if config.lm != "random":                                             # before the codes, which may take hours: a wrong --lm fails at once
             self.lm, self.text_tokenizer = build_lm(config, [])
             if self.lm.config.model_type != "qwen3": raise UserError(f"--lm {config.lm} is no Qwen3, which --task generate is made for")
@@ -396,7 +405,7 @@ class Generate:
         for part in parts:
             codes, texts = self.fetch(part, val)
             ids, mask = layout(self.text_tokenizer, self.visual, ["" if dropped(p) else text for p, text in zip(part, texts)], codes)
-            if ids.shape[1] == self.config.max_length: self.note("note: long captions may be cut; a larger --max_length keeps more of them")
+            if ids.shape[1] == self.config.max_length: note("note: long captions may be cut; a larger --max_length keeps more of them")
             yield ids, mask, codes
 
     def loss(self, net, ids, mask, codes):
@@ -404,7 +413,7 @@ class Generate:
         return F.cross_entropy(full(net(ids, mask)).flatten(0, 1), codes.flatten())                         # of logits (b, N, k)
 
     def validate(self, parts):
-        """Mean loss of the validation images, captions and all; draws the first of them, unguided (sample.py is faster)."""
+        """Mean loss of the validation images, no caption left out; draws the first of them, unguided (sample.py is faster)."""
         total, texts, N, offset = 0.0, self.fetch(self.val_at[:16], val=True)[1], self.visual["tokens"], self.visual["offset"]
         for batch in self.stream(parts, val=True):
             total += self.loss(self.net, *(t.to(self.device) for t in batch)).item() * len(batch[0]) / len(self.val_at)
@@ -413,13 +422,15 @@ class Generate:
         ids = self.lm.generate(ids, attention_mask=mask, max_new_tokens=N, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                                suppress_tokens=list(range(offset)))           # all words, and the end of a text
         save_image(self.tokenizer.detokenize(ids[:, -N:] - offset).float().clamp(0, 1), self.folder.parent / "samples.png", nrow=8)
-        self.next = next_command("sample.py", self.config, SHARED, prompt=" ".join(max(self.fetch(range(16))[1], key=bool).split()[:12]))
         return dict(val_loss=total)
+
+    def next(self):                                                           # to draw the first caption there is
+        return next_command("sample.py", self.config, SHARED, prompt=" ".join(max(self.fetch(range(16))[1], key=bool).split()[:12]))
 
 class Understand:
     """Questions about images -> answers, by a language model that reads the frozen VFM's Z_I. The connector learns, in SFT the LLM too."""
     def __init__(self, config, ranks, folder, resumed):
-        self.config, self.device, self.note = config, ranks.device, functools.cache(tqdm.write)        # a note is written once
+        self.config, self.device = config, ranks.device
         model_config = load_tokenizer(config.tokenizer).config                # only its teacher matters here
         understand = reads(config.tokenizer, model_config)
         self.which, self.size, self.tokens = understand["teacher"], model_config.image_size, model_config.num_tokens
@@ -437,6 +448,7 @@ class Understand:
         self.lm, self.text_tokenizer = build_lm(config, texts + ["USER: ASSISTANT:"])
         self.lm.config.understand = understand | dict(max_length=config.max_length)
         if self.text_tokenizer.eos_token_id is None: raise UserError(f"the tokenizer of --lm {config.lm} has no eos_token, with which answers end")
+        self.encode = functools.partial(encode, self.text_tokenizer, self.tokens, config.max_length, config.phase == "pretrain")
         for data in filter(None, (self.data, self.val)): data.encode = self.encode      # what it refuses is stepped over, as unreadable images are
         self.net = MLLM(self.lm, model_config.dim)
         if config.phase == "sft":
@@ -447,24 +459,14 @@ class Understand:
             check_same(pretrained, dict(tokenizer=self.which), f"{before} learned from another VFM")
         self.lm.requires_grad_(config.phase == "sft")
 
-    def encode(self, turns):
-        """[(question, answer), ...] of an image -> its ids and scored, cut to max_length; refused if image or answer are cut off."""
-        ids, scored = (x[:self.config.max_length] for x in chat(self.text_tokenizer, turns, self.tokens, self.config.phase == "pretrain"))
-        if ids.count(IMAGE) == self.tokens and any(scored): return dict(ids=ids, scored=scored)
-        raise UserError(f"image and answer do not fit into --max_length {self.config.max_length}")
-
-    def collate(self, rows):
-        for line in (line for row in rows for line in row.get("skipped", "").splitlines()): self.note(f"skipped {line}")
-        return *(pad([row[name] for row in rows], "right") for name in ("ids", "scored")), torch.stack([row["image"] for row in rows])
-
     def stream(self, parts, val=False):
         """Ranges of positions -> iterator over ids, scored (b, L) and images (b, 3, h, w)."""
         if self.data is None:
             for part in parts:
                 images, turns = shapes_turns(torch.tensor(part), self.size, self.config.phase)
-                yield self.collate([self.encode(each) | dict(image=image) for image, each in zip(images, turns)])
+                yield collate([self.encode(each) | dict(image=image) for image, each in zip(images, turns)])
         else: yield from torch.utils.data.DataLoader(self.val if val else self.data, batch_sampler=parts, num_workers=self.config.num_workers,
-                                                     collate_fn=self.collate, worker_init_fn=ignore_signals, generator=torch.Generator())
+                                                     collate_fn=collate, worker_init_fn=ignore_signals, generator=torch.Generator())
 
     def loss(self, net, ids, scored, images):
         """Mean cross-entropy (nats) of the S answer tokens of one micro-batch: as LLaVA's, so that --micro_batch shifts their weights a little."""
@@ -473,13 +475,14 @@ class Understand:
     def validate(self, parts):
         """Mean loss of all answers' tokens; their share of right answers is eval.py's."""
         losses = [(self.loss(self.net, *(t.to(self.device) for t in batch)), batch[1][:, 1:].sum()) for batch in self.stream(parts, val=True)]
-        if self.config.phase == "pretrain": self.next = next_command("train_ar.py", self.config, CARRIED, task="understand", phase="sft")
-        elif self.val is None: self.next = next_command("eval.py", self.config, SHARED - {"tokenizer"}, vqa=True) + f" '{self.config.tokenizer}'"
-        else:
-            image, ((first, _), *_) = self.val.record(0).values()
-            ask = " ".join(first.replace("<image>", "").split()[:12]) or "what is this?"
-            self.next = next_command("sample.py", self.config, SHARED, image=image, ask=ask)
         return dict(val_loss=(sum(loss * n for loss, n in losses) / sum(n for _, n in losses)).item())
+
+    def next(self):
+        if self.config.phase == "pretrain": return next_command("train_ar.py", self.config, CARRIED, task="understand", phase="sft")
+        if self.val is None: return next_command("eval.py", self.config, SHARED - {"tokenizer"}, vqa=True) + f" {self.config.tokenizer!r}"
+        record = self.val.record(0)
+        ask = " ".join(record["turns"][0][0].replace("<image>", "").split()[:12]) or "what is this?"
+        return next_command("sample.py", self.config, SHARED, image=record["name"], ask=ask)
 
 def send(message, src_rank, group, device):
     """Send ZeRO's moments from one rank to all; the first saves them. Replaces torch's own function, which takes a minute a gigabyte."""
@@ -487,7 +490,7 @@ def send(message, src_rank, group, device):
     if torch.distributed.get_rank() == src_rank: torch.save(message, buffer)
     box = [buffer.getvalue()]
     torch.distributed.broadcast_object_list(box, src_rank, group, device)
-    return torch.load(io.BytesIO(box[0]), map_location="cpu", weights_only=True)
+    if torch.distributed.get_rank() == 0: return torch.load(io.BytesIO(box[0]), map_location="cpu", weights_only=True)
 
 def train(config, ranks):
     out, device, start = Path(config.out_dir), ranks.device, time.time()
@@ -547,17 +550,17 @@ def train(config, ranks):
         for group in optimizer.param_groups: group["lr"] = config.lr * factor
         mean_loss = 0
         for i in range(accumulate):
-            batch = [t.to(device, non_blocking=True) for t in next(stream)]
-            net.require_backward_grad_sync = i == accumulate - 1              # DDP reduces gradients in backward: once a step is enough
+            batch = [t.to(device, non_blocking=device.type == "cuda") for t in next(stream)]
+            net.require_backward_grad_sync = i == accumulate - 1 or step == first_step  # DDP: once a step is enough; at first, to lay out gradients
             with amp: loss = task.loss(net, *batch)
             (loss / accumulate).backward()
             mean_loss += loss.detach() / accumulate
         grad_norm = nn.utils.clip_grad_norm_(learning, config.clip)
         means = ranks.sum(torch.stack([mean_loss, grad_norm, mean_loss.new_full((), ranks.stop_asked)])) / ranks.size
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=ranks.size == 1)
         loss, grad_norm, stop = means.tolist()                                # the step's one wait for the GPU; one rank asked to stop stops all
         check_finite({"cross-entropy": loss, "gradient norm": grad_norm}, f"{step} (images from {step * config.batch_size} on)")
-        optimizer.step()
-        optimizer.zero_grad()
         # ----------------------------------------------------------------------------------------------------------------
         if (step + 1) % config.log_every == 0:
             rate = config.batch_size * (bar.format_dict["rate"] or 0)
@@ -569,7 +572,7 @@ def train(config, ranks):
             if config.phase == "sft": save_file(task.net.connector.state_dict(), folder / "connector.safetensors")
         report({what: f"{x:.3f}" for what, x in found.items()} | dict(parameters=f"{sum(p.numel() for p in task.net.parameters()) / 1e6:.2f} million",
                time=f"{(time.time() - start) / 60:.1f} minutes", pictures="" if config.phase else out / "samples.png", model=folder))
-        if not sft_follows: print(f"\nNext: {task.next}")
+        if not sft_follows: print(f"\nNext: {task.next()}")
     ranks.wait()
     if stop and not last: ranks.say(f"stopped at step {step}, all saved. Go on with: {next_command(sys.argv[0], config, resume=True)}")
     return last

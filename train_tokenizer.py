@@ -37,7 +37,7 @@ class TrainConfig:
     config: str = "tiny"                  # model and its presets: a key of vqrae.MODELS
     stage: Literal[0, 1, 2] = 1           # 0: pretrain tiny's stand-in VFM, 1: encoder frozen, 2: all
     data: str = "shapes"                  # shapes, a folder of images, or 'shards-{000..127}.tar'
-    val_data: str = ""                    # the same for validation; "": every 20th image is held out; of shapes other numbers
+    val_data: str = ""                    # the same for validation; "": every 20th image, held out; shapes: pictures never trained on
     out_dir: str = ""                     # the run's folder; "": out/CONFIG
     init_from: str = ""                   # a run to take the earlier stages from; "": out_dir; none: stage 2 from the VFM itself, without stage 1
     resume: bool = False                  # go on from this stage's last checkpoint
@@ -45,7 +45,7 @@ class TrainConfig:
     device: str = ""                      # cuda, mps or cpu; "": the first of them that is there
     bench: int = 0                        # time that many steps of stage 1 or 2 on one batch, and stop; saves no progress
     profile: bool = False                 # with --bench: torch.profiler's table of where the time goes
-    precision: Literal["bf16", "float32", "float64"] = "bf16"  # [T7] autocast; losses stay float32, and float32 decides on codes
+    precision: Literal["bf16", "float32", "float64"] = "bf16"  # [T7] autocast of the model; float32 decides on codes
     loss_precision: Literal["bf16", "float32"] = "float32"  # [TiTok] of the perceptual networks and the discriminator; bf16 is faster on a GPU
     compile: bool = False                 # torch.compile, block by block: a minute or two first, then faster steps on a GPU
     checkpointing: bool = False           # recompute activations in the backward pass: less memory, more time
@@ -123,8 +123,10 @@ def decode(data):
 
 def crop(image, size, u=(0.5, 0.5, 1.0), flip=False):
     """The largest square of a PIL image, at u[0] across and u[1] down (in [0, 1]; default: the centre), resized (bicubic, antialiased)
-    -> (3, size, size) uint8; flipped for u[2] below 0.5 where `flip` allows. The same as cropping after the resize, and faster."""
-    image = TF.pil_to_tensor(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC, centering=u[:2]))
+    -> (3, size, size) uint8; flipped for u[2] below 0.5 where `flip` allows. As cropping whole pixels after the resize, and faster."""
+    side = min(image.size)
+    left, top = (min(n - side, round(at * (n - side) * size / side) * side / size) for n, at in zip(image.size, u))
+    image = TF.pil_to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side)))
     return image.flip(-1) if flip and u[2] < 0.5 else image
 
 @functools.lru_cache(maxsize=2)
@@ -187,7 +189,7 @@ def read_folder(folder):
         records.append(dict(name=str(path), image=(str(path), 0, -1), text=text, label=str(label)))
     return records
 
-def fingerprint(files, *more):                                                # changes with them: names, sizes and times
+def fingerprint(files, *more):                                                # a hash of files' names, sizes and times
     facts = [(file, os.path.exists(file) and (os.path.getsize(file), os.path.getmtime(file))) for file in files]
     return hashlib.sha256(repr((facts, *more)).encode()).hexdigest()[:16]
 
@@ -233,6 +235,7 @@ class Shards:
         path, key = self.paths[shard], key.decode("utf-8", "replace")
         return dict(name=f"{path}:{key}", image=(path, at, size), text=(path, text_at, text_size) if text_size else "", label=Path(key).parent.name)
 
+note = functools.cache(tqdm.write)                # writes each note once
 def batches(dataset, size, positions, batch, num_workers=0, device="cpu"):
     """Yield dicts of image (batch, 3, size, size) float in [0, 1] on `device` and text for `positions` in turn; of files also label
     and name, of shapes their scene. Unreadable files are named once, and kept in dataset.skipped."""
@@ -244,10 +247,10 @@ def batches(dataset, size, positions, batch, num_workers=0, device="cpu"):
     loader = torch.utils.data.DataLoader(dataset, batch, sampler=positions, num_workers=num_workers, worker_init_fn=ignore_signals,
                                          pin_memory=torch.device(device).type == "cuda", generator=torch.Generator())    # its own: iter() draws
     for item in loader:
-        for line in {line for text in item["skipped"] for line in text.splitlines()} - dataset.skipped:
-            dataset.skipped.add(line)
-            tqdm.write(f"skipped {line}")
-        yield item | dict(image=item["image"].to(device, non_blocking=True).float().div_(255))        # bytes until here
+        lines = {line for text in item["skipped"] for line in text.splitlines()}
+        for line in lines: note(f"skipped {line}")
+        dataset.skipped |= lines
+        yield item | dict(image=item["image"].to(device, non_blocking=loader.pin_memory).float().div_(255))        # bytes until here
 
 # ---- Stage 0 (ours; only where encoder_weights is "stage0"): a small ViT learns in a minute what SigLIP2 learns: captions, by SigLIP's sigmoid
 # loss, and what is where. No pixel loss: like any semantic encoder it may forget tints and shades, and stage 2 has something to win back.
@@ -302,16 +305,15 @@ def pretrain(config, model_config, device, path):
 # ---- Stages 1 and 2 -------------------------------------------------------------------------------------------------
 def parameter_groups(model, discriminator, config):
     """Encoder and the rest at their own rates, weight decay on matrices alone; the discriminator at its own, from its start on."""
-    rates, parts = dict(encoder=config.encoder_lr, discriminator=config.disc_lr), [*model.named_children(), ("discriminator", discriminator)]
-    for (part, module), decays in itertools.product(parts, (True, False)):
-        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad] if module else []
-        params = [p for name, p in named if decays == (p.ndim > 1 and not name.endswith(("pos_embed", "cls_token")))]
+    rates = dict(encoder=config.encoder_lr, discriminator=config.disc_lr)
+    for (part, module), decays in itertools.product([*model.named_children(), ("discriminator", discriminator or nn.Module())], (True, False)):
+        params = [p for name, p in module.named_parameters() if p.requires_grad and decays == (p.ndim > 1 and not name.endswith(("embed", "token")))]
         if params: yield dict(params=params, base_lr=rates.get(part, config.lr), start=config.disc_start if part == "discriminator" else 0,
                               weight_decay=config.weight_decay * decays)
 
-def hallmark(vfm): return vfm.vit.patch_embed.proj.weight.float().cpu()       # tells it from others
+def hallmark(vfm): return vfm.vit.patch_embed.proj.weight.float().cpu()       # a VFM's patch embedding tells it from others
 def starting_point(config, model_config, ranks, resumed):
-    """The model with the weights its stage begins from, and the frozen teacher T."""
+    """The model as its stage begins: from stage 1, or a resumed run whose encoder never moves, else from the VFM; and the frozen teacher T."""
     source, run = model_config.encoder_weights, Path(config.out_dir if config.init_from in ("", "none") else config.init_from)
     from_stage1 = config.stage == 2 and config.init_from != "none"
     from_vfm = not from_stage1 and not (resumed and resumed["config"]["encoder_lr"] == 0)
@@ -403,7 +405,7 @@ def train(config, model_config, ranks):
     averaged, learned = zip(*((e, p) for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad))     # what is frozen stays bit for bit
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = config.tf32
-    for part in (model.decoder,) if frozen else (model.encoder, model.decoder): part.vit.set_grad_checkpointing(config.checkpointing)
+    for part in (model.encoder, model.decoder): part.vit.set_grad_checkpointing(config.checkpointing)
     if config.compile: compile_parts(model, teacher, perceptual, discriminator)
     optimizer = torch.optim.AdamW([*parameter_groups(model, discriminator, config)], betas=(config.beta1, config.beta2), fused=device.type != "mps")
     parts = dict(model=model, ema=ema, optimizer=optimizer, discriminator=discriminator)
@@ -425,7 +427,7 @@ def train(config, model_config, ranks):
                disable=not ranks.first)                                       # the last round only validates and saves
     weights = dict(l2=1.0, perceptual=config.perceptual_weight, quant=1.0, distill=config.distill_weight, adversarial=config.disc_weight)
     amp, loss_amp = (torch.autocast(device.type, torch.bfloat16, enabled=kind == "bf16") for kind in (config.precision, config.loss_precision))
-    stop, warned, floor = False, False, config.end_lr / config.lr
+    stop, floor = False, config.end_lr / config.lr
     if config.bench:
         called = dict(model.named_children(), teacher=teacher, perceptual=perceptual, discriminator=discriminator)
         stream, timed = itertools.repeat(next(stream)), bench(config, ranks, called)
@@ -450,9 +452,9 @@ def train(config, model_config, ranks):
         for i in range(accumulate):
             batch = next(stream)
             images = batch["image"].to(dtype=dtype)                           # (b, 3, h, w); dtype is None, or float64
-            net.require_backward_grad_sync = i == accumulate - 1              # DDP averages gradients in backward: once a step is enough
+            net.require_backward_grad_sync = i == accumulate - 1 or step == first_step  # DDP: once a step is enough; at first, to lay out gradients
             with amp: X_hat, Z_I, indices, vq_loss = net(images)              # (b, 3, H, W), (b, N, d), (b, N), ()
-            X_hat, X = full(X_hat), resize(images, model_config.output_size)  # (b, 3, H, W) each; losses in float32 from here
+            X_hat, X = full(X_hat), resize(images, model_config.output_size)  # (b, 3, H, W) each; float32 from here, but for loss_amp
             terms = dict(l2=F.mse_loss(X_hat, X), quant=vq_loss)                                                 # eq. 2, 3
             if perceptual:
                 with loss_amp: terms["perceptual"] = perceptual(X, X_hat)
@@ -478,12 +480,12 @@ def train(config, model_config, ranks):
         logged |= dict(grad_norm=nn.utils.clip_grad_norm_(model.parameters(), config.clip), stop=loss.new_full((), ranks.stop_asked))
         if adversarial: logged["disc_grad_norm"] = nn.utils.clip_grad_norm_(discriminator.parameters(), config.clip)
         means = ranks.sum(torch.stack([*logged.values()])) / ranks.size
-        logged = dict(zip(logged, means.tolist()))                            # the step's one wait for the GPU
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=ranks.size == 1)
+        get_ema_multi_avg_fn(min(config.ema_decay, (1 + step) / (10 + step)))(averaged, learned, None)        # all weights in one call
+        logged = dict(zip(logged, means.tolist()))                            # the step's one wait for the GPU, which has all its work by now
         check_finite(logged, f"{step} (images {step * config.batch_size} to {(step + 1) * config.batch_size - 1})")
         stop = logged.pop("stop") > 0                                         # asked of any rank: all save the same step
-        optimizer.step()
-        optimizer.zero_grad()
-        get_ema_multi_avg_fn(min(config.ema_decay, (1 + step) / (10 + step)))(averaged, learned, None)        # all weights in one call
         # ----------------------------------------------------------------------------------------------------------------
         if (step + 1) % config.log_every == 0:
             (usage, perplexity, _), counts = code_usage(ranks.sum(counts)), torch.zeros_like(counts)
@@ -492,9 +494,8 @@ def train(config, model_config, ranks):
             log(step=step + 1, **logged, lr=config.lr * factor(0), images_per_s=rate, **codes, skipped=len(data.skipped) if data else 0)
             shown = f"codes {usage:.0%}, " if codes else ""
             bar.set_postfix_str(f"loss {logged['loss']:.4f}, PSNR {-10 * math.log10(logged['l2']):.1f}, {shown}{rate:.0f} images/s")
-            if codes and usage < 0.1 and step > config.warmup_steps and not warned:
-                warned = True
-                ranks.say(f"\nwarning: only {usage:.1%} of the codes are in use. Try a larger --codebook_dim, more --warmup_steps, a lower --lr")
+            if ranks.first and codes and usage < 0.1 and step > config.warmup_steps:
+                note("warning: under 10% of the codes are in use. Try more --warmup_steps, a lower --lr, a larger --codebook_dim")
     if stop and not last:
         ranks.say(f"stopped at step {step}, all saved. Go on with: {next_command(sys.argv[0], config, resume=True)}")
     elif ranks.first:                                                         # save the tokenizer, tell what came of it and what comes next
@@ -638,8 +639,7 @@ def render(scene):
     return (rgb.transpose(1, 2) @ layers.flatten(2)).view(-1, 3, SIDE, SIDE).clamp_(0, 1)
 
 def segments(scene, grid):
-    """What is where in the 2 x 2 cells of every patch: shape and color, (B, grid * grid, 4) each, 0 for background, else index + 1; and
-    the middle of the cell's object, (B, grid * grid, 4, 2) in [-1, 1]."""
+    """What the 2 x 2 cells of all N = grid^2 patches show: shape, color (B, N, 4), 0: none, else index + 1; its middle (B, N, 4, 2) in [-1, 1]."""
     cells = F.interpolate(draw_layers(scene)[:, :4], size=2 * grid, mode="area")                              # (B, 4, 2 grid, 2 grid)
     cover, who = F.unfold(cells, 2, stride=2).unflatten(1, (4, 4)).transpose(2, 3).max(1)                     # (B, N, 4)
     shape, color, x, y = (what.gather(1, who.flatten(1)).view_as(who) for what in (scene.shape, scene.color, scene.x, scene.y))

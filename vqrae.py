@@ -14,7 +14,7 @@ VQRAE: one tokenizer, two outputs. (CVPR 2026, "Representation Quantization Auto
      X' (B, 3, hq/p, wq/p)                     <------------  VQRAE.detokenize(indices)
 
 VQRAEConfig names the sizes: p patch_size, d dim, k codebook_size, e codebook_dim, q, beta; TrainConfig lambda_G disc_weight, lambda_d distill_weight.
-Losses: L_quant (eq. 3): SimVQ; L_P (eq. 2): PerceptualLoss; L_G (eq. 2): Discriminator, hinge_d_loss, lecam; L_distill (eq. 5): distill_loss.
+Losses: L_quant (eq. 3): SimVQ; L_P (eq. 2): PerceptualLoss; L_G (eq. 2): -mean Discriminator(X'); its own: hinge_d_loss, lecam; L_distill (eq. 5).
 """
 import argparse, contextlib, dataclasses, datetime, inspect, io, json, math, os, re, shlex, shutil, signal, sys, time, warnings, zipfile
 from dataclasses import dataclass, field
@@ -151,8 +151,7 @@ def weights_file(encoder, source):
     raise UserError(f"no file {path} of encoder weights: put it there, or give --encoder_weights FILE, hub (if timm has them there) or random")
 
 def load_encoder_weights(encoder, source):
-    """Fill `encoder` from `source`: "hub" or a file. Every key must fit: a silent partial load leaves a ViT that looks fine and is not.
-    Only the pooling head and the norm past the tap are dropped."""
+    """Fill `encoder` from "hub" or a file. Every key must fit, but for pooling head and norm past the tap: a partial load looks fine and is not."""
     path, vit = weights_file(encoder, source), encoder.vit
     with explained(f"{path} cannot be read, or does not fit the encoder {vit.pretrained_cfg['architecture']}"):
         state = load_file(path) if str(path).endswith(".safetensors") else load_checkpoint(path)
@@ -205,7 +204,7 @@ class SimVQ(nn.Module):
             z = full(z)
             codes = self.proj(self.codebook)                                  # C W (k, e)
             indices = nearest(z.flatten(0, 1), codes).view(z.shape[:-1])      # (B, N)
-            z_q = self.lookup(indices) if 2 * indices.numel() < len(codes) else F.embedding(indices, codes)   # same z_q: the cheaper backward
+            z_q = self.lookup(indices) if 2 * indices.numel() < len(codes) else F.embedding(indices, codes)   # same; W's gradient by the fewer rows
             loss = F.mse_loss(z_q, z.detach()) + self.beta * F.mse_loss(z, z_q.detach())       # codes to z; z to codes (commitment)
         return z_q.detach() + (z - z.detach()), indices, loss     # straight through: z_q's value, z's gradient. z + (z_q - z).detach() would round
 
@@ -275,8 +274,8 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
 
     @torch.no_grad()
     def start_on(self, Z_I, pixels):                                          # M patches: features (M, d), pixels (M, 3, p p)
-        """Start the bottleneck on data. to_code: ridge regression from a patch's features to its pixels, in their principal components, so that
-        latents close together look alike. Their standard deviation is 0.3: L_quant grows with its square, and at 1 drowns the other losses.
+        """Start the bottleneck on data. to_code: ridge regression from a patch's features to its pixels, in their principal components: latents
+        close together look alike. Their overall standard deviation is 0.3: L_quant grows with its square, and at 1 drowns the other losses.
         Codes: k-means of 16 latents a code, detailed patches drawn more often: else flat ones take most codes. README, "Bottleneck start"."""
         norm, linear = self.to_code
         x, y = norm(Z_I), pixels.flatten(1)                                   # (M, d), (M, 3 p p)
@@ -285,9 +284,10 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         A = torch.linalg.solve((x.T @ x).cpu() + 1e-3 * len(x) * torch.eye(x.shape[1]), (x.T @ (y - y.mean(0))).cpu()).to(x)  # (d, 3 p p)
         y_hat = x @ A                                                         # (M, 3 p p)
         axes = torch.linalg.eigh((y_hat.T @ y_hat).cpu()).eigenvectors.flip(1).to(x)          # (3 p p, 3 p p), the largest first
-        A, n = (A @ axes * (0.3 / y_hat.std()))[:, :len(linear.weight)], min(len(linear.weight), len(axes))      # (d, n); n: of e and 3 p p
+        n = min(len(linear.weight), len(axes))                                # of e and 3 p p
+        T = (A @ axes * (0.3 / y_hat.std()))[:, :n]                           # (d, n)
         linear.weight.mul_(0.1), linear.bias.zero_()                          # dimensions beyond n stay small and random
-        linear.weight[:n], linear.bias[:n] = A.T, -mean @ A
+        linear.weight[:n], linear.bias[:n] = T.T, -mean @ T
         if self.quantizer:
             detail = (pixels.var(2).mean(1) + 5e-4) ** 0.85                   # (M,) variance within a patch; 5e-4: flat ones come too, but rarely
             self.quantizer.init_codebook(self.to_code(Z_I[torch.multinomial(detail, 16 * len(self.quantizer.codebook), replacement=True)]))
@@ -301,7 +301,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         if self.quantizer is None: raise UserError("a tokenizer with quantizer none (RAE) has no tokens to decode")
         return self.decoder(self.from_code(self.quantizer.lookup(indices)))   # X' (B, 3, H, W)
 
-# ---- Losses. All are means over elements, in float32. ---------------------------------------------------------------
+# ---- Losses: means over elements, in float32; the networks of some in --loss_precision. -----------------------------------------------------------
 def distill_loss(Z_I, teacher_Z_I):
     """Eq. 5: keeps the continuous features where an MLLM expects them. (B, N, d), (B, N, d) -> scalar."""
     return F.mse_loss(full(Z_I), full(teacher_Z_I))
@@ -378,7 +378,7 @@ class Discriminator(nn.Module):
             x = F.pixel_unshuffle(x[..., :x.shape[2] // 2 * 2, :x.shape[3] // 2 * 2], 2)      # (B, 4 i, H / 2, W / 2)
             x = F.conv2d(x, F.pixel_unshuffle(weight, 2), conv.bias, padding=1)               # (B, o, H / 2, W / 2)
             x = F.leaky_relu(group_norm(x, norm), 0.1)
-        return self.head(F.adaptive_max_pool2d(x, 16))                        # (B, 1, 16, 16)
+        return self.head(F.adaptive_max_pool2d(x.cpu() if x.device.type == "mps" else x, 16).to(x.device))     # (B, 1, 16, 16); mps's pool is wrong
 
 def hinge_d_loss(real_logits, fake_logits):
     """The discriminator's loss: real above 1, fake below -1."""
