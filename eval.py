@@ -367,16 +367,17 @@ def main():
     for folder in folders[1:]: load(config.out_dir, folder)                   # or the first's hour would be lost
     results = {folder: task(folder, config, ranks) for folder in folders}
     if ranks.first:
-        for folder in folders: results[folder]["tokenizer"] = identity(folder)
-        path, result = out / ("vqa.json" if config.vqa else "eval.json"), results if len(results) > 1 else results[folders[0]]
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):              # none yet, or one of several tokenizers
-            before = json.loads(path.read_text())
-            if before["tokenizer"] == result["tokenizer"]:                    # a tokenizer's scores and its generator's stand side by side
-                result = {key: value for key, value in before.items() if config.generation or key.startswith("geneval")} | result
+        path, old, kept = out / ("vqa.json" if config.vqa else "eval.json"), {}, "" if config.generation else "geneval"
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):        # none yet, or not ours
+            old = json.loads(path.read_text())
+            old = {found["tokenizer"]: found for found in ([old] if "tokenizer" in old else old.values())}
+        for folder, found in results.items():                                 # a tokenizer's scores and its generator's stand side by side
+            found["tokenizer"] = identity(folder)
+            results[folder] = {key: value for key, value in old.get(found["tokenizer"], {}).items() if key.startswith(kept)} | found
         print(table(results))
         for folder, found in results.items():
             print(f"{folder}: {found.get('protocol') or found['geneval_protocol']}", *map(": ".join, found.get("reasons", {}).items()), sep="\n  ")
-        path.write_text(json.dumps(result, indent=1))
+        path.write_text(json.dumps(results if len(results) > 1 else results[folders[0]], indent=1))
         print(f"wrote {path}")
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def check_options(guidance, temperature, top_k, top_p):
 # ---- Text -> codes --------------------------------------------------------------------------------------------------
 def choose(logits, u, temperature, top_k, top_p):
     """Logits (B, k) and a uniform number each (B,) -> codes (B,), by inverting the cumulative distribution: rounding then changes few draws."""
-    if temperature == 0: return logits.argmax(1)
+    if temperature < 1e-6: return logits.argmax(1)
     logits = logits / temperature
     if top_k: logits = TopKLogitsWarper(top_k)(None, logits)                  # transformers': what is out of the draw becomes -inf
     p = logits.softmax(1)                                                     # (B, k)
@@ -214,10 +214,9 @@ def main():
         timed = bench(config, ranks, steps=visual["tokens"], unit="codes")    # True counts as 1
         while not next(timed): draw([jobs[0].prompt] * config.batch_size, range(config.batch_size))
         return
-    if config.geneval or config.dpg: ranks.say(f"{len(jobs)} pictures or grids in {out}, {len(jobs) - len(todo)} of them there already")
     todo, each, shown = todo[ranks.rank::ranks.size], len(jobs[0].seeds), []  # each: pictures in a file; shown: the first 64, for a grid
     at_once = max(1, min(config.batch_size // each, len(todo)))               # files
-    bar = tqdm(total=len(todo) * each * visual["tokens"], desc="sampling", unit="code", disable=not ranks.first)
+    bar = tqdm(total=len(todo) * each * visual["tokens"], desc=f"sampling {len(todo)} of {len(jobs)} files", unit="code", disable=not ranks.first)
     for part in torch.utils.data.BatchSampler(todo, at_once, drop_last=False):
         fill = (part * at_once)[:at_once] if compiled else part               # a compiled step has one batch size
         codes = draw([job.prompt for job in fill for _ in job.seeds], [seed for job in fill for seed in job.seeds], bar=bar)[:len(part) * each]

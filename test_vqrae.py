@@ -199,6 +199,15 @@ def test_tokens_round_trip(small, tmp_path):
         torch.testing.assert_close(again(images).reconstruction, out.reconstruction, rtol=0, atol=0)
 
 
+def test_images_and_codes_of_another_kind_are_refused(small):
+    images = pictures()
+    for wrong in ((images * 255).byte(), images[0], images[:, :1], F.interpolate(images, size=64)):
+        with pytest.raises(UserError, match="images are .* of .32, 32. pixels, not"):
+            small.tokenize(wrong)
+    with pytest.raises(IndexError):                                           # not the last code
+        small.detokenize(torch.full((1, 16), -1))
+
+
 def test_rae_baseline_differs_in_the_quantiser_alone(small):
     rae = VQRAE(replace(SMALL, quantizer="none"))
     missing = set(small.state_dict()) - set(rae.state_dict())
@@ -490,7 +499,7 @@ def test_every_field_is_read_somewhere():
     (["--colour", "red"], "unrecognized arguments: --colour"), (["--stage", "7"], "invalid choice"), (["--lr", "fast"], "invalid float"),
     (["--image_size", "60"], "--image_size 64"), (["--batch_size", "0"], "at least 1"), (["--encoder_kwargs", "{depth"], "encoder_kwargs"),
     (["--resume", "--overwrite"], "choose one"), (["--quantizer", "fsq"], "simvq or none"), (["--lr", "nan"], "at least 1e-12"),
-    (["--beta2", "1"], "below 1"), (["--profile"], "goes with --bench")])
+    (["--beta2", "1"], "below 1"), (["--profile"], "goes with --bench"), (["--seed", "9" * 23], "too large")])
 def test_bad_flags_get_one_line(argv, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:
         resolved(*argv)
@@ -702,9 +711,9 @@ def test_bad_images_among_few_good_ones_are_stepped_over_and_named_once(tmp_path
     assert sorted(line.split(":")[0][-8:-4] for line in data.skipped) == ["bad0", "bad1", "bad2"]
 
 
-def test_captions_and_classes(folder):
+def test_captions_and_classes(folder, capsys):
     (folder / "a" / "metadata.jsonl").write_text(json.dumps(dict(file_name="00.png", text="zero\u2028", label="cat"), ensure_ascii=False) + '\n{"file_name": "02.png", "label": null}\n')
-    (folder / "b" / "01.txt").write_text("one\n")
+    (folder / "b" / "01.txt").write_text("\ufeffone\n")                          # as some editors on Windows save it
     items = {item["name"][-6:-4]: item for item in map(tt.Images(str(folder), 32, in_order=True).__getitem__, range(24))}
     assert (items["00"]["text"], items["00"]["label"]) == ("zero", "cat")
     assert (items["01"]["text"], items["01"]["label"]) == ("one", "b")
@@ -714,6 +723,9 @@ def test_captions_and_classes(folder):
     (links / "there").symlink_to(folder / "b")
     (links / "up").symlink_to(links)                                          # and nothing twice
     assert [item["text"] for item in map(tt.Images(str(links), 32, in_order=True).__getitem__, range(12))].count("one") == 1
+    (folder / "a" / "metadata.jsonl").write_text('\ufeff{"file_name": "00.png", "text": "zero"}\n{"file_name": "01.PNG", "text": "lost"}\n')
+    tt.Images(str(folder), 32)
+    assert f"1 of 2 rows name no image, the first {folder / 'a' / '01.PNG'}" in capsys.readouterr().out
     for second in ('{"file_na', '{"file_name": "01.png", "text": ["a", "list"]}'):
         (folder / "a" / "metadata.jsonl").write_text('{"file_name": "00.png"}\n\n' + second)
         with pytest.raises(UserError, match="metadata.jsonl, line 3"):
@@ -909,13 +921,14 @@ def test_the_bottleneck_starts_well(tmp_path, monkeypatch):
         ours(model, Z_I, pixels)
         for tensor in (*model.to_code[1].parameters(), model.quantizer.codebook):
             tensor.div_(0.3)
-    starts = {"both as they come": lambda *_: None, "to_code random, codes k means": random_map,
+    starts = {f"both as they come, codebook_dim {dim}": lambda *_: None for dim in (8, 32, 192)} | {"to_code random, codes k means": random_map,
               "the same, k means weighted by detail": lambda *a: random_map(*a, even=False), "to_code from pixels, codes k means": all_alike,
               "to_code from pixels at unit variance, k means weighted by detail": at_unit_variance, "the same at 0.3 (ours)": ours}
     found = {}
     for i, (name, start) in enumerate(starts.items()):
         monkeypatch.setattr(VQRAE, "start_on", start)
-        run_inside("train_tokenizer.py", "--init_from", str(HERE / "out/tiny"), "--out_dir", str(tmp_path / str(i)), "--total_steps", "300")
+        dim = name.rpartition("codebook_dim ")[2] if "codebook_dim" in name else "192"
+        run_inside("train_tokenizer.py", "--init_from", str(HERE / "out/tiny"), "--out_dir", str(tmp_path / str(i)), "--total_steps", "300", "--codebook_dim", dim)
         found[name] = json.loads((tmp_path / str(i) / "log_stage1.jsonl").read_text().splitlines()[-1])
         print(f"\n{name}: {found[name]['val_psnr']:.2f} dB, {found[name]['val_codebook_usage']:.1%} of the codes on 256 pictures")
     *others, unit, ours = (row["val_psnr"] for row in found.values())         # what unit variance costs is seen in stage 2: README
@@ -958,7 +971,7 @@ def test_sampling_beats_transformers_generate(device):
     """VQRAE_SLOW=1 pytest -s -k beats, after train_ar.py: guided sampling a code, the best of three, against transformers' generate: the tiny generator
     on a CPU; Qwen3-0.6B with random weights on a GPU, where ours draws whole pictures of 1,024 codes and theirs the first 64 of them, the quickest."""
     if device == "cuda" and not torch.cuda.is_available(): pytest.skip("no GPU")
-    lm, text_tokenizer, *_ = train_ar.load_generator(HERE / "out/tiny") if device == "cpu" else qwen3_generator()
+    lm, text_tokenizer, *_ = train_ar.load_generator(HERE / "out/tiny", HERE / "out/tiny/tokenizer") if device == "cpu" else qwen3_generator()
     N, rates = lm.config.visual["tokens"], []
     for batch in (1, 16, 64):
         ours, theirs = ours_and_theirs(lm, text_tokenizer, batch)
@@ -1198,14 +1211,14 @@ def test_generator_end_to_end(trained):
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 10)) and math.isfinite(rows[-1]["val_loss"])
     said = run("sample.py", "--out_dir", out, "--prompt", "four stars", "--bench", "--batch_size", 3, "--device", "cpu")
     gflop = float(re.search(r"codes/s, [\d.]+ ms a step of 3; a rank: ([\d.e-]+) TFLOP a step", said)[1]) * 1e3
-    weights = sum(p.numel() for p in train_ar.load_generator(out)[0].model.layers.parameters())
+    weights = sum(p.numel() for p in train_ar.load_generator(out, out / "tokenizer")[0].model.layers.parameters())
     assert 1 < gflop / (2e-9 * weights * 2 * 3) < 2                           # 2 x weights x rows (guided: 2 x 3), the prompt, attention and the head
     said = run("sample.py", "--out_dir", out, *["--prompt", "a red circle left of a blue square"] * 2, "--prompt", "four stars", "--device", "cpu")
     assert "2 pictures in" in said                                      # each caption once
     assert Image.open(out / "samples" / "four-stars-0.png").size == (32, 32)
     assert "never learned the word" in run("sample.py", "--out_dir", out, "--prompt", "a mauve circle", fails=True)
 
-    lm, text_tokenizer, tokenizer = train_ar.load_generator(out)
+    lm, text_tokenizer, tokenizer = train_ar.load_generator(out, out / "tokenizer")
     prompts, options = ["a red circle left of a blue square", "four stars", "a ring"], dict(guidance=2.0, temperature=0.8, top_k=20, top_p=0.95)
     together = sample.generate(lm, text_tokenizer, prompts, [1, 2, 3], **options)
     alone = [sample.generate(lm, text_tokenizer, [prompt], [seed], **options) for seed, prompt in enumerate(prompts, 1)]
@@ -1240,6 +1253,7 @@ def test_draws_are_those_of_transformers_warpers(scale, top_p):
     kept = TopPLogitsWarper(top_p)(None, logits / 0.9).softmax(1) if top_p < 1 else (logits / 0.9).softmax(1)
     want = (kept.cumsum(1) / kept.sum(1, keepdim=True) <= u[:, None]).sum(1)
     assert torch.equal(sample.choose(logits, u, 0.9, 0, top_p), want)
+    assert torch.equal(sample.choose(logits, u, 1e-40, 0, top_p), logits.argmax(1))            # not NaN
 
 
 def test_the_layout_scores_pictures_alone():
@@ -1261,7 +1275,7 @@ def test_the_layout_scores_pictures_alone():
 def test_cached_logits_equal_uncached_ones_and_guidance_1_is_none(trained, monkeypatch):
     """After test_generator_end_to_end, on its generator."""
     out, _ = trained
-    lm, text_tokenizer, _ = train_ar.load_generator(out)
+    lm, text_tokenizer, _ = train_ar.load_generator(out, out / "tokenizer")
     prompts, seen, choose = ["a red circle left of a blue square", "four stars"], [], sample.choose
     monkeypatch.setattr(sample, "choose", lambda logits, *how: seen.append(logits) or choose(logits, *how))
     codes = sample.generate(lm, text_tokenizer, prompts, [1, 2])
@@ -1330,6 +1344,7 @@ def test_codes_of_a_folder_are_cached_and_refused_when_they_should_be(trained, f
     next(data.rglob("*.png")).unlink()
     assert "other images" in run_inside("train_ar.py", *flags, *stage2, "--overwrite")
     assert run_inside("train_ar.py", *flags, *stage1, "--overwrite", "--overwrite_cache") == "no error"
+    assert all(path.stat().st_mtime_ns == at for path, at in made.items())    # nor to one that is not
     caption.write_text("one " * 60)
     flags[-3] = str(tmp_path / "long")
     said = run("train_ar.py", *flags, *stage2, "--total_steps", "8")
@@ -1384,6 +1399,9 @@ def test_generated_pictures_are_scored(trained, tmp_path):
             "eval.py", "--generation", "--num_images", "24", "--out_dir", str(out), "--device", "cpu")
         found = json.loads((out / "eval.json").read_text())
         assert found.get("psnr") == (1.0 if kept else None)
+    assert run_inside("eval.py", str(out / "tokenizer"), str(out / "tokenizer-stage1"), "--num_images", "8", "--out_dir", str(out), "--device", "cpu") == "no error"
+    for both in json.loads((out / "eval.json").read_text()).values():         # the generator's scores stay
+        assert both["psnr"] != 1 and both["geneval"] == found["geneval"]
     assert "| geneval overall |" in said and Image.open(out / "geneval.png").size[1] > 6 * 64
     for key in ("geneval", "geneval_ceiling"):
         assert set(found[key]) == {*tt.TASKS[:6], "overall", "held_out_pairs"} and 0 <= found[key]["overall"] <= 1
@@ -1522,10 +1540,14 @@ def test_the_distance_in_the_vfms_features_is_taken_at_its_own_size(trained, tmp
 
 def test_bad_input_gets_one_line_and_harms_nothing(trained, folder, tmp_path):
     out, _ = trained
-    before = {path.name: path.read_bytes() for path in out.glob("*.pt")}
+    kept = lambda: {path.name: path.read_bytes() for pattern in ("*.pt", "*.jsonl") for path in out.glob(pattern)}
+    before = kept()
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     (tmp_path / "evil").mkdir()
+    (tmp_path / "bad").mkdir()
+    for name in "abc":
+        (tmp_path / "bad" / f"{name}.png").write_bytes(b"x")
 
     class Bomb:
         def __reduce__(self):
@@ -1538,7 +1560,9 @@ def test_bad_input_gets_one_line_and_harms_nothing(trained, folder, tmp_path):
             (new + stage2, "run `python train_tokenizer.py"), (new + ["--resume"], "nothing to resume"), (["--out_dir", str(out)], "--overwrite"),
             (new + ["--init_from", str(out)] + stage2 + ["--codebook_size", "20"], "codebook_size is 24 there, 20 here"),
             (new + ["--init_from", str(tmp_path / "evil")] + stage2, "not loaded"), (["--out_dir", str(tmp_path / "file" / "x")], "Not a directory"),
-            (new + ["--init_from", str(tmp_path / "none")], "names a run that has one"), (new + ["--data", str(tmp_path / "none")], "no such folder"), (new + ["--data", ""], "no such folder"), (new + ["--disc_lr", "-1"], "at least 0"), (new + ["--data", str(tmp_path / "empty")], "no images in it"),
+            (new + ["--init_from", str(tmp_path / "none")], "names a run that has one"), (new + ["--data", str(tmp_path / "none")], "no such folder"), (new + ["--data", ""], "no such folder"), (new + ["--disc_lr", "-1"], "at least 0"), (new + ["--q", "1"], "--output_size is at least 8, not 4"),
+            (["--out_dir", str(out), "--overwrite", "--val_data", str(tmp_path / "bad")], "no readable image"), (["--out_dir", str(out), "--overwrite", "--data", str(tmp_path / "bad"), "--val_data", "shapes"], "no readable image"),
+            (new + ["--data", str(tmp_path / "empty")], "no images in it"),
             (new + ["--batch_size", "6", "--micro_batch", "4"], "multiple of 1 ranks times --micro_batch 4"), (new + ["--ema_decay", "nan"], "at least 0"),
             (new + ["--encoder_weights", str(tmp_path / "half.pt")], "does not fit the encoder"), (new + ["--encoder_weights", str(tmp_path / "list.pt")], "cannot be read"), (new + ["--perceptual", "lpips", "--lpips_weights", "none.pt"], "no file none.pt"),
             (new + ["--encoder", "no_such_vit"], "timm cannot build no_such_vit"), (new + ["--device", "cuda:9"], "--device cuda:9"),
@@ -1561,7 +1585,7 @@ def test_bad_input_gets_one_line_and_harms_nothing(trained, folder, tmp_path):
                            (["--lm", str(tmp_path / "llama")], "is no Qwen3"), (["--eps", "-1"], "--eps is at least 0")]:
         said = run_inside("train_ar.py", *flags, *new, "--tokenizer", str(out / "tokenizer"))
         assert message in said and "\n" not in said, said
-    assert before == {path.name: path.read_bytes() for path in out.glob("*.pt")} and not (tmp_path / "harm").exists()
+    assert before == kept() and not (tmp_path / "harm").exists()
 
 
 def run_inside(script, *argv):

@@ -194,11 +194,10 @@ class PictureLM(nn.Module):
         at = mask.sum(1, keepdim=True) - 2 + torch.arange(-self.lm.config.visual["tokens"], 0, device=ids.device)     # (B, N): BOI ... v_{N-1}
         return visual_logits(self.lm, x.take_along_dim(at[..., None], 1))
 
-def load_generator(out_dir, tokenizer_folder="", device="cpu", dtype=torch.float32):
+def load_generator(out_dir, tokenizer_folder, device="cpu", dtype=torch.float32):
     """-> language model, its text tokenizer, and the VQRAE tokenizer whose codes it writes, checked to belong together."""
-    folder, tokenizer_folder = Path(out_dir) / "ar", Path(tokenizer_folder or f"{out_dir}/tokenizer")
+    folder, tokenizer = Path(out_dir) / "ar", load_tokenizer(tokenizer_folder, device)
     if not (folder / "config.json").is_file(): raise UserError(f"no generator in {folder}: train_ar.py makes one, --resume finishes one")
-    tokenizer = load_tokenizer(tokenizer_folder, device)
     lm, text_tokenizer = read_lm(folder, f"{folder} cannot be read as a generator: train_ar.py --resume writes it anew", dtype, local_files_only=True)
     check_same(getattr(lm.config, "visual", {}), dict(tokenizer=identity(tokenizer_folder)), f"{folder} learned other codes: pass their --tokenizer")
     return lm.to(device).eval(), text_tokenizer, tokenizer
@@ -211,7 +210,7 @@ def open_codes(source, part, config, tokenizer, which, ranks):
     with ranks.first_alone():                                                 # in order; centre crop [T9]
         dataset = Images(source, tokenizer.config.image_size, in_order=True, part="all" if config.val_data else part, folder=config.out_dir)
     if not any(record["label"] or record["text"] for record in map(dataset.record, range(len(dataset)))):
-        raise UserError(f"no image of {source} has caption or class: write metadata.jsonl (file_name, text), or a .txt beside each (in shards too)")
+        raise UserError(f"no {part} image of {source} has caption or class: give it metadata.jsonl (file_name, text) or .txt (also in shards)")
     records = dataset.records
     if source.endswith(".tar"): images = fingerprint(records.paths, len(dataset))
     else: images = fingerprint([place[0] for r in records for place in (r["image"], r["text"]) if isinstance(place, tuple)], len(dataset), records)
@@ -219,8 +218,8 @@ def open_codes(source, part, config, tokenizer, which, ranks):
     if path.is_file() and not config.overwrite_cache: return np.load(path, mmap_mode="r")
     others = [other for other in path.parent.glob(f"codes-{part}-*.npy") if other != path]
     if others and not config.overwrite_cache:
-        what = f"other images, or another path to them, than {source}" if which in others[0].name else f"another tokenizer than {config.tokenizer}"
-        raise UserError(f"{others[0]} was made with {what}: --overwrite_cache makes it anew, --out_dir keeps both")
+        what = f"other images, path or --val_data than {source}" if which in others[0].name else f"another tokenizer than {config.tokenizer}"
+        raise UserError(f"{others[0]} was made with {what}: --overwrite_cache makes codes beside it, --out_dir keeps the runs apart")
     partial = path.with_suffix(".partial")
     if ranks.first and (config.overwrite_cache or not partial.exists()):      # else a killed run's is gone on with
         codes = ("codes", "<u2" if tokenizer.config.codebook_size <= 1 << 16 else "<u4", tokenizer.config.num_tokens)
@@ -237,9 +236,7 @@ def open_codes(source, part, config, tokenizer, which, ranks):
     rows.flush()
     if skipped := int(ranks.sum(torch.tensor(len(dataset.skipped)))): ranks.say(f"{skipped} unreadable images, in whose place the next ones stand")
     ranks.wait()
-    if ranks.first:
-        for other in others: other.unlink()
-        partial.replace(path)
+    if ranks.first: partial.replace(path)
     ranks.wait()
     return np.load(path, mmap_mode="r")
 
@@ -287,7 +284,7 @@ class Conversations(Images):
     """LLaVA's JSON by position: [{"image": path, "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", ...}]}, ...]."""
     def read(self, file, folder):
         folder, records = Path(folder or Path(file).parent), []
-        with explained(f"{file}: not LLaVA's JSON, a list of objects"): rows = [*json.loads(Path(file).read_text("utf-8"))]
+        with explained(f"{file}: not LLaVA's JSON, a list of objects"): rows = json.loads(Path(file).read_text("utf-8-sig"))[:]
         for number, row in enumerate(rows):
             with explained(f"{file}, conversation {number} (from 0): not LLaVA's JSON, image and conversations, human and gpt in turn"):
                 if "image" not in row: continue
@@ -451,7 +448,7 @@ class Understand:
         self.encode = functools.partial(encode, self.text_tokenizer, self.tokens, config.max_length, config.phase == "pretrain")
         for data in filter(None, (self.data, self.val)): data.encode = self.encode      # what it refuses is stepped over, as unreadable images are
         self.net = MLLM(self.lm, model_config.dim)
-        if config.phase == "sft":
+        if config.phase == "sft" and not resumed:
             before = folder / "pretrain.pt"
             if not before.exists(): raise UserError(f"SFT starts from {before}, which is not there: run --phase pretrain first")
             with explained(f"{before} is of another language model, or of other texts"):
@@ -478,9 +475,9 @@ class Understand:
         return dict(val_loss=(sum(loss * n for loss, n in losses) / sum(n for _, n in losses)).item())
 
     def next(self):
-        if self.config.phase == "pretrain": return next_command("train_ar.py", self.config, CARRIED, task="understand", phase="sft")
+        if self.config.phase == "pretrain": return next_command("train_ar.py", self.config, CARRIED | {"overwrite"}, task="understand", phase="sft")
         if self.val is None: return next_command("eval.py", self.config, SHARED - {"tokenizer"}, vqa=True) + f" {self.config.tokenizer!r}"
-        record = self.val.record(0)
+        record = self.data.record(0)                                          # a small LM knows its words
         ask = " ".join(record["turns"][0][0].replace("<image>", "").split()[:12]) or "what is this?"
         return next_command("sample.py", self.config, SHARED, image=record["name"], ask=ask)
 
@@ -521,7 +518,6 @@ def train(config, ranks):
     if config.checkpointing: task.lm.gradient_checkpointing_enable(dict(use_reentrant=False))
     if config.compile: compile_parts(task.lm, task.encoder)
     net = ranks.ddp(task.net)
-    log = Log(out / f"log_{config.phase or 'ar'}.jsonl", first_step, ranks.first and not config.bench)
     starts = (step * config.batch_size + ranks.rank * local + i * micro for step in range(first_step, config.total_steps) for i in range(accumulate))
     stream = task.stream(range(at, at + micro) for at in starts)
     amp, stop = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"), False
@@ -529,20 +525,21 @@ def train(config, ranks):
                disable=not ranks.first)                                       # the last round only validates and saves
     if config.bench: stream, timed = itertools.repeat(next(stream)), bench(config, ranks, dict(lm=task.lm.base_model, teacher=task.encoder))
     else: ranks.begin([path, *[folder / "sft.pt"] * sft_follows] if config.overwrite else [])
+    log = Log(out / f"log_{config.phase or 'ar'}.jsonl", first_step, ranks.first and not config.bench)
     for step in bar:
         if config.bench and next(timed): return
-        # Once in a while: validate, save.
+        # Once in a while: save, validate.
         last = step == config.total_steps
+        if last or stop or (step > first_step and step % config.save_every == 0):
+            if ranks.size > 1: optimizer.consolidate_state_dict(to=0)         # all ranks send theirs
+            if ranks.first:
+                save_checkpoint(path, dict(model=task.net.state_dict(), optimizer=optimizer.state_dict(), step=step, tokenizer=task.which))
         if ranks.first and (last or (step > first_step and step % config.eval_every == 0)):
             task.net.eval()
             with amp, torch.no_grad(), torch.compiler.set_stance("force_eager") if config.compile else contextlib.nullcontext():       # many lengths
                 found = task.validate(task.val_at[i:i + micro] for i in range(0, len(task.val_at), micro))
             task.net.train()
             log(step=step, **found)
-        if last or stop or (step > first_step and step % config.save_every == 0):
-            if ranks.size > 1: optimizer.consolidate_state_dict(to=0)         # all ranks send theirs
-            if ranks.first:
-                save_checkpoint(path, dict(model=task.net.state_dict(), optimizer=optimizer.state_dict(), step=step, tokenizer=task.which))
         if last or stop: break
 
         # ---- One training step -----------------------------------------------------------------------------------------

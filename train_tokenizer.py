@@ -72,7 +72,6 @@ class TrainConfig:
     weight_decay: float = 1e-4            # [T7] on matrices only [TiTok]
     clip: float = 1.0                     # [T7] gradient norm; the discriminator's separately
     stage0_steps: int = 1500              # [ours] of stage 0, of 16 pictures of shapes each
-    stage0_lr: float = 2e-3               # [ours]
     ema_decay: float = 0.999              # [TiTok] of the weights that are evaluated and saved as the tokenizer
     # losses
     perceptual: Literal["lpips_convnext", "lpips", "vfm", "none"] = "lpips_convnext"  # [T7] "convnext-s"
@@ -87,7 +86,7 @@ class TrainConfig:
     lecam_weight: float = 0.001           # [TiTok]
 
     def __post_init__(self):
-        check_run(self, ema_decay=0, disc_width=1, encoder_lr=0, disc_lr=0, distill_weight=0, disc_weight=0, stage0_lr=1e-12, stage0_steps=1)
+        check_run(self, ema_decay=0, disc_width=1, encoder_lr=0, disc_lr=0, distill_weight=0, disc_weight=0, stage0_steps=1)
 
 PRESETS = {
     # What stage 2 changes: the encoder moves, slowly and on a leash; a discriminator comes in late.
@@ -102,7 +101,7 @@ PRESETS = {
 }
 
 CARRIED = {f.name for f in (*fields(TrainConfig), *fields(VQRAEConfig))} - {                   # by the next stage: all but what is a stage's own
-    "stage", "init_from", "resume", "overwrite", "bench", "profile", "stage0_steps", "stage0_lr", *PRESETS["stage 2"]}
+    "stage", "init_from", "resume", "overwrite", "bench", "profile", "stage0_steps", *PRESETS["stage 2"]}
 
 # ---- Data. Everything is a function of (seed, position): position 0, 1, 2, ... counts the images a run has seen, so that any
 # number of ranks and workers, and a resumed run, see the same images in the same order with the same crops.
@@ -150,7 +149,7 @@ class Images(torch.utils.data.Dataset):
 
     def load(self, record, u):
         image = crop(decode(read_bytes(*record["image"])), self.size, u if self.random_crop else (0.5, 0.5, u[2]), self.random_flip)
-        text = record["text"] if isinstance(record["text"], str) else read_bytes(*record["text"]).decode("utf-8", "replace")
+        text = record["text"] if isinstance(record["text"], str) else read_bytes(*record["text"]).decode("utf-8-sig", "replace")
         return dict(image=image, text=text.strip(), label=record["label"], name=record["name"])
 
     def __getitem__(self, position):
@@ -175,12 +174,13 @@ def read_folder(folder):
     files = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     if not files: raise UserError(f"{folder}: no images in it ({', '.join(sorted(IMAGE_SUFFIXES))}); shards go by 'NAME-{{000..127}}.tar'")
     for metadata in (path for path in paths if path.name == "metadata.jsonl"):
-        for number, line in enumerate(metadata.open(encoding="utf-8", errors="replace"), 1):
+        for number, line in enumerate(metadata.open(encoding="utf-8-sig", errors="replace"), 1):
             if not line.strip(): continue
             with explained(f"{metadata}, line {number}: not JSON with a file_name and a text: {line[:60]!r}; mend or remove that line"):
                 row = json.loads(line)
                 if not isinstance(row.get("text"), (str, type(None))): raise TypeError("text is not a string")
                 captions[metadata.parent / row["file_name"]] = row
+    if lost := sorted(captions.keys() - set(files)): note(f"metadata.jsonl: {len(lost)} of {len(captions)} rows name no image, the first {lost[0]}")
     records = []
     for path in files:
         row, beside = captions.get(path, {}), path.with_suffix(".txt")
@@ -288,13 +288,13 @@ def pretrain(config, model_config, device, path):
     """Stage 0 -> `path`. Always on shapes: see README, "Stage 0 and your own images"."""
     torch.manual_seed(config.seed)
     net = Pretrainer(Encoder(model_config), model_config.dim).to(device)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=config.stage0_lr, betas=(config.beta1, config.beta2), weight_decay=0.05)
+    optimizer = torch.optim.AdamW(net.parameters(), betas=(config.beta1, config.beta2), weight_decay=0.05)
     stream = batches(None, model_config.image_size, range(16 * config.stage0_steps), 16, device=device)
     for step, batch in enumerate(bar := tqdm(stream, "stage 0", config.stage0_steps, unit="step")):
-        optimizer.param_groups[0]["lr"] = config.stage0_lr * lr_factor(step, 30, config.stage0_steps, 0.01)
+        optimizer.param_groups[0]["lr"] = 2e-3 * lr_factor(step, 30, config.stage0_steps, 0.01)
         losses = net(batch["image"], batch["text"], batch["scene"])
         values = {name: loss.item() for name, loss in losses.items()}
-        check_finite(values, step, "try a lower --stage0_lr")
+        check_finite(values, step, "try another --seed")
         optimizer.zero_grad()
         sum(losses.values()).backward()
         nn.utils.clip_grad_norm_(net.parameters(), config.clip)
@@ -389,6 +389,7 @@ def train(config, model_config, ranks):
         data = None if config.data == "shapes" else Images(config.data, size, config.seed, random_crop=config.random_crop, folder=out,
                                                            random_flip=config.random_flip, part="train" if hold_out else "all")
         val_data = None if val_source == "shapes" else Images(val_source, size, in_order=True, part="val" if hold_out else "all", folder=out)
+        for images in filter(None, (data, val_data)): images[0]               # if none can be read, before anything old is deleted
         perceptual = PerceptualLoss(config.perceptual, config.lpips_weights, config.convnext_weights) if config.perceptual != "none" else None
     torch.manual_seed(config.seed)
     model, teacher = starting_point(config, model_config, ranks, resumed)
@@ -422,7 +423,6 @@ def train(config, model_config, ranks):
     counts = torch.zeros(model_config.codebook_size, device=device)           # how often each code was used since the last log line
     positions = (step * config.batch_size + ranks.rank * local + i for step in range(first_step, config.total_steps) for i in range(local))
     stream = batches(data, size, positions, micro, config.num_workers, device)
-    log = Log(out / f"log_stage{config.stage}.jsonl", first_step, ranks.first and not config.bench)
     bar = tqdm(range(first_step, config.total_steps + 1), f"stage {config.stage}", config.total_steps, initial=first_step, unit="step",
                disable=not ranks.first)                                       # the last round only validates and saves
     weights = dict(l2=1.0, perceptual=config.perceptual_weight, quant=1.0, distill=config.distill_weight, adversarial=config.disc_weight)
@@ -432,16 +432,17 @@ def train(config, model_config, ranks):
         called = dict(model.named_children(), teacher=teacher, perceptual=perceptual, discriminator=discriminator)
         stream, timed = itertools.repeat(next(stream)), bench(config, ranks, called)
     else: ranks.begin([path] if config.overwrite else [])
+    log = Log(out / f"log_stage{config.stage}.jsonl", first_step, ranks.first and not config.bench)
     for step in bar:
         if config.bench and next(timed): return
-        # Once in a while: validate, draw, save.
+        # Once in a while: save, validate, draw.
         last = step == config.total_steps
-        if ranks.first and (last or (step > first_step and step % config.eval_every == 0)):
-            val_psnr, val_usage = validate(ema, val_data, config, device, pictures)
-            log(step=step, val_psnr=val_psnr, **dict(val_codebook_usage=val_usage) if model.quantizer else {})
         if ranks.first and (last or stop or (step > first_step and step % config.save_every == 0)):
             save_checkpoint(path, {name: part and part.state_dict() for name, part in parts.items()} | dict(
                 step=step, rng=torch.get_rng_state(), config=asdict(config), model_config=asdict(model_config), teacher=hallmark(teacher)))
+        if ranks.first and (last or (step > first_step and step % config.eval_every == 0)):
+            val_psnr, val_usage = validate(ema, val_data, config, device, pictures)
+            log(step=step, val_psnr=val_psnr, **dict(val_codebook_usage=val_usage) if model.quantizer else {})
         if last or stop: break
 
         # ---- One training step -----------------------------------------------------------------------------------------
@@ -507,7 +508,7 @@ def train(config, model_config, ranks):
         report({"stage": config.stage, "validation PSNR": f"{val_psnr:.2f} dB",
                 "validation codebook use": ema.quantizer and f"{val_usage:.1%} of {model_config.codebook_size} codes",
                 "time": f"{(time.time() - start) / 60:.1f} minutes", "pictures": pictures, "tokenizer": folder,
-                "unreadable images": data and len(data.skipped)})
+                "unreadable images": sum(len(images.skipped) for images in (data, val_data) if images)})
         if config.stage == 1: print("\nNext:", next_command("train_tokenizer.py", config, CARRIED, stage=2, overwrite=(out / "stage2.pt").exists()))
         else: print("\nNext:", next_command("eval.py", config, {"device", "lpips_weights"}, data=val_source, out_dir=out, part=hold_out and "val"))
     ranks.wait()
