@@ -31,7 +31,7 @@ class EvalConfig:
     config: str = "tiny"                  # whose run folder: a key of vqrae.MODELS
     data: str = "shapes"                  # shapes, a folder of images, or 'shards-{000..127}.tar'
     part: Literal["all", "val"] = "all"   # of a folder or shards; val: those that training without --val_data held out
-    num_images: int = 0                   # as many, of files evenly spread, or all if there are fewer; 0: 2048, 512 with --vqa or --generation
+    num_images: int = 0                   # how many (of files evenly spread; all, if fewer); 0: 2048, 512 with --vqa or --generation
     size: int = 0                         # score at this many pixels a side (the paper: 256); 0: the tokenizer's own
     out_dir: str = ""                     # the run's folder, where eval.json goes; "": out/CONFIG
     batch_size: int = 64                  # images at a time on each rank
@@ -160,8 +160,7 @@ def semantics(model, teacher, dataset, total, config, device):
     for batch in singles if dataset is None else batches(dataset, model.config.image_size, range(total), config.batch_size, config.num_workers):
         images = resize(batch["image"].to(device), model.config.image_size)
         Z_I = model.encode(images)                                            # (B, N, d)
-        Z_q = model.quantizer and model.quantizer.lookup(model.quantizer(model.to_code(Z_I))[1])                # (B, N, e)
-        found = dict(features=Z_I, teacher=teacher and teacher(images), tokens=Z_q)
+        found = dict(features=Z_I, teacher=teacher and teacher(images), tokens=model.quantizer and model.quantizer(model.to_code(Z_I))[0])
         for name, z in found.items():
             if z is not None: rows[name].append(z.mean(1).float().cpu())                        # (B, N, d) -> (B, d)
         labels += batch["label"]
@@ -367,16 +366,16 @@ def main():
     for folder in folders[1:]: load(config.out_dir, folder)                   # or the first's hour would be lost
     results = {folder: task(folder, config, ranks) for folder in folders}
     if ranks.first:
-        path, old, kept = out / ("vqa.json" if config.vqa else "eval.json"), {}, "" if config.generation else "geneval"
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):        # none yet, or not ours
-            old = json.loads(path.read_text())
-            old = {found["tokenizer"]: found for found in ([old] if "tokenizer" in old else old.values())}
-        for folder, found in results.items():                                 # a tokenizer's scores and its generator's stand side by side
-            found["tokenizer"] = identity(folder)
-            results[folder] = {key: value for key, value in old.get(found["tokenizer"], {}).items() if key.startswith(kept)} | found
         print(table(results))
         for folder, found in results.items():
             print(f"{folder}: {found.get('protocol') or found['geneval_protocol']}", *map(": ".join, found.get("reasons", {}).items()), sep="\n  ")
+        path, old, kept = out / ("vqa.json" if config.vqa else "eval.json"), {}, "" if config.generation else "geneval"
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):        # none yet, or not ours
+            read = json.loads(path.read_text())
+            old = {found["tokenizer"]: found for found in ([read] if "tokenizer" in read else read.values())}
+        for folder, found in results.items():                                 # a tokenizer's scores and its generator's stand side by side
+            found["tokenizer"] = identity(folder)
+            results[folder] = {key: value for key, value in old.get(found["tokenizer"], {}).items() if key.startswith(kept)} | found
         path.write_text(json.dumps(results if len(results) > 1 else results[folders[0]], indent=1))
         print(f"wrote {path}")
 

@@ -158,8 +158,7 @@ def converse(config, device):
 # ---- What to draw ---------------------------------------------------------------------------------------------------
 Job = collections.namedtuple("Job", "prompt seeds path where line", defaults=[""])   # a seed a picture, one file; who gave the prompt; GenEval's line
 
-def read_jobs(config):
-    """-> out folder and jobs."""
+def read_jobs(config):                            # -> out folder and jobs
     each = config.num_images or (4 if config.geneval or config.dpg else 1)
     seeds = lambda prompt: [zlib.crc32(f"{config.seed + j} {prompt}".encode()) for j in range(each)]     # no two captions share chance
     read = lambda file: [line.rstrip("\n") for line in open(file, encoding="utf-8-sig", errors="replace")]

@@ -32,8 +32,8 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, logging
 
-from train_tokenizer import (COLORS, NUMBERS, PLURAL, SHAPES, VALIDATION, Images, article, batches, captions, crop, decode, fingerprint, note, plan,
-                             render, shuffled, uniforms)
+from train_tokenizer import (COLORS, NUMBERS, PLURAL, SHAPES, VALIDATION, Images, article, batches, captions, crop, decode, fingerprint, hashed, note,
+                             plan, render, shuffled)
 from vqrae import (Log, Ranks, UserError, bench, check_finite, check_run, check_same, command_line, compile_parts, explained, full, hub_file,
                    ignore_signals, load_checkpoint, load_teacher, load_tokenizer, lr_factor, next_command, no_autocast, open_run, parse_config,
                    print_config, report, resize, save_checkpoint, split_batch, uniform)
@@ -53,7 +53,7 @@ class ARConfig:
     tokenizer: str = ""                   # folder of the VQRAE tokenizer; "": out_dir/tokenizer
     resume: bool = False                  # go on from the last checkpoint
     overwrite: bool = False               # start over although there is a checkpoint
-    overwrite_cache: bool = False         # compute the codes of --data again although they are cached
+    overwrite_cache: bool = False         # compute the codes of --data although they, or those of other data, are cached
     device: str = ""                      # cuda, mps or cpu; "": the first of them that is there
     bench: int = 0                        # time that many steps on one batch, and stop; saves no progress, but makes missing codes-*.npy
     profile: bool = False                 # with --bench: torch.profiler's table of where the time goes
@@ -221,7 +221,7 @@ def open_codes(source, part, config, tokenizer, which, ranks):
         what = f"other images, path or --val_data than {source}" if which in others[0].name else f"another tokenizer than {config.tokenizer}"
         raise UserError(f"{others[0]} was made with {what}: --overwrite_cache makes codes beside it, --out_dir keeps the runs apart")
     partial = path.with_suffix(".partial")
-    if ranks.first and (config.overwrite_cache or not partial.exists()):      # else a killed run's is gone on with
+    if ranks.first and (path.is_file() or not partial.exists()):              # else a killed run's is gone on with
         codes = ("codes", "<u2" if tokenizer.config.codebook_size <= 1 << 16 else "<u4", tokenizer.config.num_tokens)
         np.lib.format.open_memmap(partial, "w+", [codes, ("text", "S1024"), ("done", "?")], (len(dataset),))  # longer captions are cut
     ranks.wait()
@@ -308,7 +308,7 @@ def questions(index, scene):
     color and position up to two, about different objects. More would answer one another, and a model that reads them need not look. An
     object's name comes last, but in counting: what a small model learns in one, to look for the last word, then serves the others."""
     out = []
-    facts = zip(uniforms(index, 60)[:, 48:].tolist(), *(t.tolist() for t in (scene.count, scene.shape, scene.color, scene.x, scene.y)))
+    facts = zip(hashed(index, 60)[:, 48:].tolist(), *(t.tolist() for t in (scene.count, scene.shape, scene.color, scene.x, scene.y)))
     for u, n, shapes, colors, xs, ys in facts:
         asked, things = {}, [(list(COLORS)[c], SHAPES[s]) for c, s in zip(colors[:n], shapes)]
         drawn = [shape for _, shape in things]
@@ -427,8 +427,7 @@ class Generate:
 class Understand:
     """Questions about images -> answers, by a language model that reads the frozen VFM's Z_I. The connector learns, in SFT the LLM too."""
     def __init__(self, config, ranks, folder, resumed):
-        self.config, self.device = config, ranks.device
-        model_config = load_tokenizer(config.tokenizer).config                # only its teacher matters here
+        self.config, self.device, model_config = config, ranks.device, load_tokenizer(config.tokenizer).config      # only its teacher matters here
         understand = reads(config.tokenizer, model_config)
         self.which, self.size, self.tokens = understand["teacher"], model_config.image_size, model_config.num_tokens
         if resumed: check_same(resumed, dict(tokenizer=self.which), f"{folder} learned from another VFM, pass its --tokenizer or --overwrite")
@@ -446,7 +445,9 @@ class Understand:
         self.lm.config.understand = understand | dict(max_length=config.max_length)
         if self.text_tokenizer.eos_token_id is None: raise UserError(f"the tokenizer of --lm {config.lm} has no eos_token, with which answers end")
         self.encode = functools.partial(encode, self.text_tokenizer, self.tokens, config.max_length, config.phase == "pretrain")
-        for data in filter(None, (self.data, self.val)): data.encode = self.encode      # what it refuses is stepped over, as unreadable images are
+        for data in filter(None, (self.data, self.val)):
+            data.encode = self.encode                                         # what it refuses is stepped over, as unreadable images are
+            data[0]                                                           # if none is left, before anything old is deleted
         self.net = MLLM(self.lm, model_config.dim)
         if config.phase == "sft" and not resumed:
             before = folder / "pretrain.pt"
@@ -475,7 +476,8 @@ class Understand:
         return dict(val_loss=(sum(loss * n for loss, n in losses) / sum(n for _, n in losses)).item())
 
     def next(self):
-        if self.config.phase == "pretrain": return next_command("train_ar.py", self.config, CARRIED | {"overwrite"}, task="understand", phase="sft")
+        sft = dict(task="understand", phase="sft", overwrite=(Path(self.config.out_dir) / "mllm/sft.pt").exists())
+        if self.config.phase == "pretrain": return next_command("train_ar.py", self.config, CARRIED, **sft)
         if self.val is None: return next_command("eval.py", self.config, SHARED - {"tokenizer"}, vqa=True) + f" {self.config.tokenizer!r}"
         record = self.data.record(0)                                          # a small LM knows its words
         ask = " ".join(record["turns"][0][0].replace("<image>", "").split()[:12]) or "what is this?"
@@ -548,14 +550,14 @@ def train(config, ranks):
         mean_loss = 0
         for i in range(accumulate):
             batch = [t.to(device, non_blocking=device.type == "cuda") for t in next(stream)]
-            net.require_backward_grad_sync = i == accumulate - 1 or step == first_step  # DDP: once a step is enough; at first, to lay out gradients
+            net.require_backward_grad_sync = i == accumulate - 1              # DDP averages gradients in backward: once a step is enough
             with amp: loss = task.loss(net, *batch)
             (loss / accumulate).backward()
             mean_loss += loss.detach() / accumulate
         grad_norm = nn.utils.clip_grad_norm_(learning, config.clip)
         means = ranks.sum(torch.stack([mean_loss, grad_norm, mean_loss.new_full((), ranks.stop_asked)])) / ranks.size
         optimizer.step()
-        optimizer.zero_grad(set_to_none=ranks.size == 1)
+        optimizer.zero_grad(set_to_none=ranks.size == 1)                      # DDP's gradients stay in its buckets: else they are there twice
         loss, grad_norm, stop = means.tolist()                                # the step's one wait for the GPU; one rank asked to stop stops all
         check_finite({"cross-entropy": loss, "gradient norm": grad_norm}, f"{step} (images from {step * config.batch_size} on)")
         # ----------------------------------------------------------------------------------------------------------------

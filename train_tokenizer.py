@@ -124,7 +124,7 @@ def crop(image, size, u=(0.5, 0.5, 1.0), flip=False):
     """The largest square of a PIL image, at u[0] across and u[1] down (in [0, 1]; default: the centre), resized (bicubic, antialiased)
     -> (3, size, size) uint8; flipped for u[2] below 0.5 where `flip` allows. As cropping whole pixels after the resize, and faster."""
     side = min(image.size)
-    left, top = (min(n - side, round(at * (n - side) * size / side) * side / size) for n, at in zip(image.size, u))
+    left, top = (round(at * ((n - side) * size // side)) * side / size for n, at in zip(image.size, u))
     image = TF.pil_to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side)))
     return image.flip(-1) if flip and u[2] < 0.5 else image
 
@@ -180,7 +180,7 @@ def read_folder(folder):
                 row = json.loads(line)
                 if not isinstance(row.get("text"), (str, type(None))): raise TypeError("text is not a string")
                 captions[metadata.parent / row["file_name"]] = row
-    if lost := sorted(captions.keys() - set(files)): note(f"metadata.jsonl: {len(lost)} of {len(captions)} rows name no image, the first {lost[0]}")
+    if lost := sorted({*captions} - {*files}): note(f"metadata.jsonl: {len(lost)} of {len(captions)} rows name no image, first {str(lost[0])!r}")
     records = []
     for path in files:
         row, beside = captions.get(path, {}), path.with_suffix(".txt")
@@ -453,7 +453,7 @@ def train(config, model_config, ranks):
         for i in range(accumulate):
             batch = next(stream)
             images = batch["image"].to(dtype=dtype)                           # (b, 3, h, w); dtype is None, or float64
-            net.require_backward_grad_sync = i == accumulate - 1 or step == first_step  # DDP: once a step is enough; at first, to lay out gradients
+            net.require_backward_grad_sync = i == accumulate - 1              # DDP averages gradients in backward: once a step is enough
             with amp: X_hat, Z_I, indices, vq_loss = net(images)              # (b, 3, H, W), (b, N, d), (b, N), ()
             X_hat, X = full(X_hat), resize(images, model_config.output_size)  # (b, 3, H, W) each; float32 from here, but for loss_amp
             terms = dict(l2=F.mse_loss(X_hat, X), quant=vq_loss)                                                 # eq. 2, 3
@@ -482,7 +482,7 @@ def train(config, model_config, ranks):
         if adversarial: logged["disc_grad_norm"] = nn.utils.clip_grad_norm_(discriminator.parameters(), config.clip)
         means = ranks.sum(torch.stack([*logged.values()])) / ranks.size
         optimizer.step()
-        optimizer.zero_grad(set_to_none=ranks.size == 1)
+        optimizer.zero_grad(set_to_none=ranks.size == 1)                      # DDP's gradients stay in its buckets: else they are there twice
         get_ema_multi_avg_fn(min(config.ema_decay, (1 + step) / (10 + step)))(averaged, learned, None)        # all weights in one call
         logged = dict(zip(logged, means.tolist()))                            # the step's one wait for the GPU, which has all its work by now
         check_finite(logged, f"{step} (images {step * config.batch_size} to {(step + 1) * config.batch_size - 1})")
@@ -496,7 +496,7 @@ def train(config, model_config, ranks):
             shown = f"codes {usage:.0%}, " if codes else ""
             bar.set_postfix_str(f"loss {logged['loss']:.4f}, PSNR {-10 * math.log10(logged['l2']):.1f}, {shown}{rate:.0f} images/s")
             if ranks.first and codes and usage < 0.1 and step > config.warmup_steps:
-                note("warning: under 10% of the codes are in use. Try more --warmup_steps, a lower --lr, a larger --codebook_dim")
+                note("warning: under 10% of the codes are in use. Try more --warmup_steps or a lower --lr")
     if stop and not last:
         ranks.say(f"stopped at step {step}, all saved. Go on with: {next_command(sys.argv[0], config, resume=True)}")
     elif ranks.first:                                                         # save the tokenizer, tell what came of it and what comes next
@@ -557,7 +557,7 @@ class Scene(NamedTuple):
     slope: torch.Tensor         # (B, 2) its change across and down the picture
     present = property(lambda self: torch.arange(4) < self.count[:, None])    # (B, 4) bool
 
-def uniforms(index, n):
+def hashed(index, n):
     """(B,) int64 -> (B, n) numbers in [0, 1), by the splitmix64 hash of (index, column)."""
     x = index.numpy()[:, None].astype(np.uint64) * 0x9E3779B97F4A7C15 + np.arange(1, n + 1, dtype=np.uint64) * 0xD1B54A32D192ED03
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)): x = (x ^ (x >> shift)) * factor
@@ -565,7 +565,7 @@ def uniforms(index, n):
 
 def plan(index, task=None):
     """Picture numbers (B,) int64 -> Scene. task: an index into TASKS, or one each (B,), to have that and no other."""
-    u = uniforms(index, 48)
+    u = hashed(index, 48)
     task = MIX[(u[:, 0] * len(MIX)).long()] if task is None else torch.as_tensor(task).expand_as(index)
     count = torch.tensor([1, 2, 2, 1, 2, 2, 3])[task] + (u[:, 1] * torch.tensor([1, 1, 3, 1, 1, 1, 2])[task]).long()     # at least, and how many more
     different = u[:, 2:8].argsort(1)[:, :4], u[:, 8:16].argsort(1)[:, :4]     # shapes and colors: all different in a picture

@@ -63,9 +63,10 @@ class VQRAEConfig:
     beta: float = 0.25                # weight of the commitment term in eq. 3
 
     def __post_init__(self):
-        check_least(self, image_size=1, patch_size=1, dim=1, q=0, codebook_size=1, codebook_dim=1, beta=0, output_size=8)
+        check_least(self, image_size=1, patch_size=1, dim=1, q=0, codebook_size=1, codebook_dim=1, beta=0)
         h, p = self.image_size, self.patch_size
         if h % p: raise UserError(f"image_size {h} is not a multiple of patch_size {p}: try --image_size {max(1, round(h / p)) * p}")
+        if self.output_size < 8: raise UserError(f"pictures of {self.output_size} pixels are too small: a larger --q or --image_size")
         if self.quantizer not in ("simvq", "none"): raise UserError(f"quantizer is simvq or none, not {self.quantizer!r}")
 
     grid = property(lambda self: self.image_size // self.patch_size)                  # tokens a side
@@ -286,8 +287,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         A = torch.linalg.solve((x.T @ x).cpu() + 1e-3 * len(x) * torch.eye(x.shape[1]), (x.T @ (y - y.mean(0))).cpu()).to(x)  # (d, 3 p p)
         y_hat = x @ A                                                         # (M, 3 p p)
         axes = torch.linalg.eigh((y_hat.T @ y_hat).cpu()).eigenvectors.flip(1).to(x)          # (3 p p, 3 p p), the largest first
-        n = min(len(linear.weight), len(axes))                                # of e and 3 p p
-        T = (A @ axes * (0.3 / y_hat.std()))[:, :n]                           # (d, n)
+        T, n = (A @ axes * (0.3 / y_hat.std()))[:, :len(linear.weight)], min(len(linear.weight), len(axes))      # (d, n); n = min(e, 3 p p)
         linear.weight.mul_(0.1), linear.bias.zero_()                          # dimensions beyond n stay small and random
         linear.weight[:n], linear.bias[:n] = T.T, -mean @ T
         if self.quantizer:
@@ -605,7 +605,7 @@ def split_batch(config, ranks):
 def next_command(script, config, keep=None, **more):
     """The command to type next: `script`, a training as this run was started, with this run's flags (None: all) in `keep`, and `more`."""
     how = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if "RANK" in os.environ and "train" in Path(script).name else "python"
-    flags = {name: value for name, value in config.given.items() if (name != "overwrite" if keep is None else name in keep)}
+    flags = {name: value for name, value in config.given.items() if (not name.startswith("overwrite") if keep is None else name in keep)}
     flags |= {name: value for name, value in more.items() if value is not False}
     words = [f"--{name}" if value is True else f"--no-{name}" if value is False else
              f"--{name} {shlex.quote(json.dumps(value) if isinstance(value, dict) else str(value))}" for name, value in flags.items()]
