@@ -180,7 +180,7 @@ def layout(text_tokenizer, visual, texts, codes=None):
 
 def visual_logits(lm, hidden):                                                # (..., hidden)
     """Logits of the k codes alone (..., k), in training as in sampling: a picture has no other token, and Qwen3's 151936 cost ten times as much."""
-    return F.linear(hidden, lm.get_output_embeddings().weight[lm.config.visual["offset"]:])
+    return F.linear(hidden, lm.get_output_embeddings().weight[lm.config.visual["offset"]:][:lm.config.visual["codes"]])
 
 class PictureLM(nn.Module):
     """The language model as it is trained: layouts (B, T + N + 2) -> logits of v_1 ... v_N (B, N, k)."""
