@@ -927,8 +927,8 @@ def test_the_bottleneck_starts_well(tmp_path, monkeypatch):
     found = {}
     for i, (name, start) in enumerate(starts.items()):
         monkeypatch.setattr(VQRAE, "start_on", start)
-        dim = name.rpartition("codebook_dim ")[2] if "codebook_dim" in name else "192"
-        run_inside("train_tokenizer.py", "--init_from", str(HERE / "out/tiny"), "--out_dir", str(tmp_path / str(i)), "--total_steps", "300", "--codebook_dim", dim)
+        flags = ["--codebook_dim", name.split()[-1]] if "codebook_dim" in name else []
+        run_inside("train_tokenizer.py", "--init_from", str(HERE / "out/tiny"), "--out_dir", str(tmp_path / str(i)), "--total_steps", "300", *flags)
         found[name] = json.loads((tmp_path / str(i) / "log_stage1.jsonl").read_text().splitlines()[-1])
         print(f"\n{name}: {found[name]['val_psnr']:.2f} dB, {found[name]['val_codebook_usage']:.1%} of the codes on 256 pictures")
     *others, unit, ours = (row["val_psnr"] for row in found.values())         # what unit variance costs is seen in stage 2: README

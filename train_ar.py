@@ -36,7 +36,7 @@ from train_tokenizer import (COLORS, NUMBERS, PLURAL, SHAPES, VALIDATION, Images
                              plan, render, shuffled)
 from vqrae import (Log, Ranks, UserError, bench, check_finite, check_run, check_same, command_line, compile_parts, explained, full, hub_file,
                    ignore_signals, load_checkpoint, load_teacher, load_tokenizer, lr_factor, next_command, no_autocast, open_run, parse_config,
-                   print_config, report, resize, save_checkpoint, split_batch, uniform)
+                   print_config, report, resize, save_checkpoint, split_batch, teacher_file, uniform)
 
 logging.set_verbosity_error(), logging.disable_progress_bar()                 # transformers' own
 
@@ -284,7 +284,7 @@ class Conversations(Images):
     """LLaVA's JSON by position: [{"image": path, "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", ...}]}, ...]."""
     def read(self, file, folder):
         folder, records = Path(folder or Path(file).parent), []
-        with explained(f"{file}: not LLaVA's JSON, a list of objects"): rows = json.loads(Path(file).read_text("utf-8-sig"))[:]
+        with explained(f"{file}: not LLaVA's JSON, a list of objects"): rows = list.copy(json.loads(Path(file).read_text("utf-8-sig")))
         for number, row in enumerate(rows):
             with explained(f"{file}, conversation {number} (from 0): not LLaVA's JSON, image and conversations, human and gpt in turn"):
                 if "image" not in row: continue
@@ -346,8 +346,7 @@ def shapes_turns(index, size, phase):
 
 def reads(folder, model_config):
     """What an MLLM trained on a tokenizer's teacher reads, for its config. VFMs go by their name on the hub, else by a hash of the weights."""
-    beside = Path(folder) / "teacher.safetensors"
-    teacher = identity(beside) if beside.is_file() else f"{model_config.encoder}, {model_config.encoder_weights}"
+    teacher = identity(beside) if (beside := teacher_file(folder)) else f"{model_config.encoder}, {model_config.encoder_weights}"
     return dict(dim=model_config.dim, tokens=model_config.num_tokens, image_size=model_config.image_size, teacher=teacher)
 
 def load_mllm(out_dir, tokenizer_folder, device="cpu", dtype=torch.float32):

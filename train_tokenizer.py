@@ -168,8 +168,8 @@ def read_folder(folder):
     if not folder.is_dir(): raise UserError(f"{folder}: no such folder (data is shapes, a folder of images, or 'shards-{{000..127}}.tar')")
     paths, seen, captions = [], set(), {}
     for where, inside, names in os.walk(folder, followlinks=True):            # through links too, but nowhere twice
-        if os.path.realpath(where) in seen: inside.clear(), names.clear()
-        seen.add(os.path.realpath(where))
+        if (real := os.path.realpath(where)) in seen: inside.clear(), names.clear()
+        seen.add(real)
         paths += [Path(where, name) for name in names]
     files = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     if not files: raise UserError(f"{folder}: no images in it ({', '.join(sorted(IMAGE_SUFFIXES))}); shards go by 'NAME-{{000..127}}.tar'")

@@ -406,10 +406,11 @@ def load_tokenizer(folder, device="cpu"):
     with explained(f"{folder} cannot be read as a tokenizer"), contextlib.redirect_stdout(io.StringIO()):      # the mixin announces what it does
         return VQRAE.from_pretrained(str(folder)).to(device).eval()
 
+def teacher_file(folder): return next(Path(folder).glob("teacher.safetensors"), None)       # save_tokenizer's; None: a hub has it
 def load_teacher(folder, config):
     """The frozen VFM that the tokenizer in `folder` began from: from the file beside it, or from where its config says."""
-    teacher, beside = Encoder(config), Path(folder) / "teacher.safetensors"
-    load_encoder_weights(teacher, str(beside) if beside.is_file() else config.encoder_weights)
+    teacher = Encoder(config)
+    load_encoder_weights(teacher, str(teacher_file(folder) or config.encoder_weights))
     return teacher.requires_grad_(False).eval()
 
 def save_checkpoint(path, state):
