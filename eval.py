@@ -8,7 +8,7 @@ How good is a tokenizer? Every number with its protocol.
     python eval.py --curves                            the logs of a run as curves.png
     python eval.py --generation                        pictures that train_ar.py's generator draws on demand -> geneval in eval.json
 """
-import collections, contextlib, itertools, json, math, os, time
+import collections, contextlib, itertools, json, math, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,11 +19,11 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from sample import PRESETS, SampleConfig, answer, generate
-from train_ar import identity, load_generator, load_mllm, questions
+from train_ar import identity, load_generator, load_mllm, load_teacher, questions
 from train_tokenizer import (ATLAS, EXTENT, HELD_OUT, PALETTE, SHAPES, SIDE, TASKS, VALIDATION, WINDOW, Images, Scene, as_file, batches, captions,
                              code_usage, masks, plan, psnr, render)
-from vqrae import (Ranks, SimVQ, UserError, build_lpips, check_least, command_line, explained, load_checkpoint, load_teacher, load_tokenizer,
-                   nearest, parse_config, print_config, read_log, resize)
+from vqrae import (Ranks, SimVQ, UserError, build_lpips, check_least, command_line, explained, load_checkpoint, load_tokenizer, nearest,
+                   parse_config, print_config, read_log, resize)
 
 @dataclass
 class EvalConfig:
@@ -45,7 +45,6 @@ class EvalConfig:
     guidance: float = SampleConfig.guidance  # of its pictures, see sample.py, whose presets hold here too; all codes, no top_k
     temperature: float = SampleConfig.temperature  # of its pictures
     top_p: float = SampleConfig.top_p     # of its pictures
-
     def __post_init__(self):
         self.out_dir = self.out_dir or f"out/{self.config}"
         self.num_images = self.num_images or (512 if self.generation or self.vqa else 2048)
@@ -62,7 +61,6 @@ def ssim(x, y, data_range=1.0):
     mx, my, xx, yy, xy = (F.avg_pool2d(i, 7, stride=1) for i in (x, y, x * x, y * y, x * y))
     vx, vy, cov = ((mean - product) * 49 / 48 for mean, product in ((xx, mx * mx), (yy, my * my), (xy, mx * my)))
     return ((2 * mx * my + c1) * (2 * cov + c2) / ((mx ** 2 + my ** 2 + c1) * (vx + vy + c2))).mean((1, 2, 3))
-
 def moments(features):
     """(B, f) -> (f + 2, f) float64, whose sum over all images gives their count, mean and covariance, however many there are."""
     f = features.cpu().double()
@@ -179,16 +177,15 @@ def semantics(model, teacher, dataset, total, config, device):
 def draw_clusters(rows, images, path, k=8, across=8):
     """The paper's Figure 4: k-means on continuous features (left) and on tokens (right); a row a cluster, its most central images."""
     sides = []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        for z in rows:
-            z, means = F.normalize(z[:len(images)], dim=1), SimVQ(k, z.shape[1])
-            means.init_codebook(z, iterations=30)
-            own, far = nearest(z, means.codebook), torch.cdist(z, means.codebook)
-            order = own.bincount(minlength=k).argsort(descending=True)
-            picked = [far[:, c].masked_fill(own != c, math.inf).topk(across, largest=False) for c in order]
-            shown = torch.cat([torch.where(d.isinf()[:, None, None, None], 1, images[i] / 255) for d, i in picked])        # (k across, 3, 64, 64)
-            sides.append(make_grid(shown, nrow=across, pad_value=1))
+    torch.manual_seed(0)
+    for z in rows:
+        z, means = F.normalize(z[:len(images)], dim=1), SimVQ(k, z.shape[1])
+        means.init_codebook(z, iterations=30)
+        own, far = nearest(z, means.codebook), torch.cdist(z, means.codebook)
+        order = own.bincount(minlength=k).argsort(descending=True)
+        picked = [far[:, c].masked_fill(own != c, math.inf).topk(across, largest=False) for c in order]
+        shown = torch.cat([torch.where(d.isinf()[:, None, None, None], 1, images[i] / 255) for d, i in picked])            # (k across, 3, 64, 64)
+        sides.append(make_grid(shown, nrow=across, pad_value=1))
     save_image(torch.cat(sides, 2), path)
 
 # ---- The checker reads objects back from pictures of the shapes world: cuts out what has a colour, and draws every shape there to see which fits
@@ -274,19 +271,28 @@ def generation(folder, config, ranks):
                       f"{int(novel.sum())} name a pair of shape and colour never trained on, scored apart; pictures: geneval.png, a row a task")
 
 # ---- Understanding: the shapes world's questions, asked of an MLLM that reads the teacher's features or, untrained, another encoder's
+def code_meanings(model, device, pictures=2048):
+    """What a token alone tells of the features: for each code the mean Z_I of its patches on training pictures -> (k, d); 0 if it never comes.
+    Not Z_bot, which no loss ties to Z_I: the decoder reads it, in a space of its own."""
+    sums = torch.zeros(model.config.codebook_size, model.config.dim + 1, device=device)                   # and how many
+    for part in torch.arange(pictures).split(64):
+        result = model(resize(render(plan(part)), model.config.image_size).to(device))
+        sums.index_add_(0, result.indices.flatten(), F.pad(result.Z_I, (0, 1), value=1).flatten(0, 1))    # (B N,), (B N, d + 1)
+    return sums[:, :-1] / sums[:, -1:].clamp(min=1)
+
 @torch.no_grad()
 def vqa(folder, config, ranks):
-    """-> PSNR, and share of right answers by kind of question, from teacher, Z_I (features) and Z_bot (tokens: features after quantisation)."""
+    """-> PSNR, and share of right answers by kind of question, from teacher, Z_I (features), and what the codes tell of Z_I (tokens)."""
     mllm, text_tokenizer, model = load_mllm(config.out_dir, folder, ranks.device)
     index, answers, psnrs = torch.arange(config.num_images) + VALIDATION, collections.defaultdict(list), []
-    teacher = load_teacher(folder, model.config).to(ranks.device)
+    teacher, meanings = load_teacher(folder, model.config).to(ranks.device), model.quantizer and code_meanings(model, ranks.device)
     for part in tqdm(index.split(config.batch_size), desc="ask"):
         scene = plan(part)
         images = resize(render(scene), model.config.image_size).to(ranks.device)
         result = model(images)
         psnrs.append(psnr(images, resize(result.reconstruction, model.config.image_size)))
         features = dict(teacher=teacher(images), features=result.Z_I)
-        if result.indices is not None: features["tokens"] = model.from_code(model.quantizer.lookup(result.indices))
+        if meanings is not None: features["tokens"] = meanings[result.indices]
         asked = [(i, question, *known) for i, them in enumerate(questions(part, scene)) for question, known in them.items()]
         for name, z in features.items():
             said = answer(mllm, text_tokenizer, z[[row[0] for row in asked]], [row[1] for row in asked], 4)
@@ -358,7 +364,6 @@ def main():
     ranks, out = Ranks(config.device), Path(config.out_dir)
     if ranks.first: print_config(origin, config)
     out.mkdir(parents=True, exist_ok=True)
-    if not os.access(out, os.W_OK): raise UserError(f"--out_dir {out} cannot be written to")
     if (config.generation or config.vqa or config.curves) and not ranks.first: return
     if config.curves: return draw_curves(out)
     task, load = (generation, load_generator) if config.generation else (vqa, load_mllm) if config.vqa else (evaluate, lambda _, f: load_tokenizer(f))

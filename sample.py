@@ -48,20 +48,19 @@ class SampleConfig:
     top_p: float = 1.0                    # [LlamaGen] draw among the likeliest codes that hold this share of the probability
     seed: int = 0                         # of a caption's first picture; the next has seed + 1
     batch_size: int = 64                  # pictures at a time; with --dpg at least 4
-    bench: bool = False                   # instead: draw a batch of the first caption four times, and say how fast the last was
-
+    bench: int = 0                        # instead: draw a batch of the first caption three times, then that many times, and say how fast
     def __post_init__(self):
         self.out_dir = self.out_dir or f"out/{self.config}"
         self.tokenizer = self.tokenizer or f"{self.out_dir}/tokenizer"
+        if self.bench and not (self.prompt or self.prompts or self.geneval or self.dpg): self.prompt = ["a red circle"]
         if sum(map(bool, (self.prompt or self.prompts, self.geneval, self.dpg, self.ask))) != 1 or bool(self.ask) != bool(self.image):
             raise UserError("nothing to do, or too much: --prompt TEXT, --prompts FILE, or --geneval FILE, or --dpg DIR, or --image FILE --ask TEXT")
-        check_least(self, batch_size=1, num_images=0, resolution=0)
+        check_least(self, batch_size=1, num_images=0, resolution=0, bench=0)
         if self.dpg and self.num_images not in (0, 4): raise UserError("--dpg makes four pictures a prompt: leave --num_images out")
         check_options(self.guidance, self.temperature, self.top_k, self.top_p)
         self.dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 PRESETS = {"config tiny": dict(precision="float32", guidance=2.0, temperature=1.0, top_k=0, top_p=0.6)}     # [ours] measured on shapes
-
 def check_options(guidance, temperature, top_k, top_p):
     for name, value, most in (("guidance", guidance, 100), ("temperature", temperature, 100), ("top_k", top_k, 1 << 20), ("top_p", top_p, 1)):
         if not 0 <= value <= most: raise UserError(f"--{name} {value} is out of range: from 0 to {most} (--help says what they mean)")
@@ -139,7 +138,7 @@ def generate(lm, text_tokenizer, prompts, seeds, guidance=1.0, temperature=1.0, 
 @torch.no_grad()
 def answer(mllm, text_tokenizer, Z_I, questions, max_new_tokens=64):
     """Features (B, N, d) of B images and a question about each -> B answers, the likeliest word by word."""
-    chats = [chat(text_tokenizer, [(f"<image>\n{question}", None)], Z_I.shape[1])[0] for question in questions]
+    chats = [chat(text_tokenizer, Z_I.shape[1], None, False, [(f"<image>\n{question}", None)])["ids"] for question in questions]
     ids, mask = (t.to(Z_I.device) for t in pad_ids(chats))
     ids = mllm.lm.generate(inputs_embeds=mllm.embed(ids, Z_I), attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens,
                            eos_token_id=text_tokenizer.eos_token_id, pad_token_id=text_tokenizer.eos_token_id)
@@ -210,7 +209,7 @@ def main():
     draw = functools.partial(generate, lm, text_tokenizer, guidance=config.guidance, temperature=config.temperature, top_k=config.top_k,
                              top_p=config.top_p, width=width, compiled=compiled)
     if config.bench:
-        timed = bench(config, ranks, steps=visual["tokens"], unit="codes")    # True counts as 1
+        timed = bench(config, ranks, steps=visual["tokens"], unit="codes")
         while not next(timed): draw([jobs[0].prompt] * config.batch_size, range(config.batch_size))
         return
     todo, each, shown = todo[ranks.rank::ranks.size], len(jobs[0].seeds), []  # each: pictures in a file; shown: the first 64, for a grid
@@ -230,9 +229,7 @@ def main():
     bar.close()
     ranks.wait()
     if ranks.first and not (config.dpg or config.geneval): save_image(shown, out / "grid.png", nrow=8)
-    if config.dpg: ranks.say(f"\nNext, in DPG-Bench: compute_dpg_bench.py --image-root-path {str(out)!r} --pic-num 4 --resolution {resolution}")
-    elif config.geneval: ranks.say(f"\nNext, in GenEval: evaluation/evaluate_images.py {str(out)!r} --outfile results.jsonl")
-    else: ranks.say(f"\n{len(jobs)} pictures in {out}; {len(shown)} of them together in {out / 'grid.png'}")
+    ranks.say(f"\n{len(jobs)} pictures in {out}" + ("" if config.dpg or config.geneval else f"; {len(shown)} of them together in grid.png"))
 
 if __name__ == "__main__":
     command_line(main)

@@ -131,14 +131,17 @@ def test_nearest_does_not_depend_on_the_slices():
     assert torch.equal(whole, torch.cdist(z.double(), codes.double()).argmin(1))
 
 
-@pytest.mark.parametrize("case", ["random", "clustered"])
+@pytest.mark.parametrize("case", ["random", "clustered", "started"])
 def test_a_search_in_bf16_finds_what_float64_finds(case, monkeypatch):
-    """Codes and latents as they start, and as training leaves them: off the origin, few dimensions with most of the variance, codes close together."""
+    """As SimVQ makes them; far off the origin, few dimensions with most of the variance; as start_on makes them, in principal components whose
+    variance falls fast, of flat patches and of detailed ones: there the products are up to a hundred times the distances."""
     k, e, n = 8192, 512, 400
     codes, z = torch.randn(k, e) / e ** 0.5, torch.randn(n, e) / e ** 0.5
     if case == "clustered":
         axes = torch.randn(32, e) * torch.linspace(1, 0.05, 32)[:, None]
         codes, z = (torch.randn(m, 32) @ axes / 5 + 0.05 * torch.randn(m, e) + 3 for m in (k, n))
+    if case == "started":
+        codes, z = (torch.randn(m, e) / torch.arange(1, e + 1) * torch.randn(m, 1).mul(0.8).exp() * 5 + 0.03 * torch.randn(m, e) for m in (k, n))
     truth = torch.cdist(z.double(), codes.double()).argmin(1)
     found = {}
     for low in (False, True):
@@ -161,6 +164,14 @@ def test_distances_stay_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         z_q, indices, _ = vq(z)
     assert z_q.dtype == torch.float32 and torch.equal(indices, vq(z)[1])
+    assert torch.equal(vq(z[0])[1], indices[0]) and torch.equal(vq(z.view(10, 20, 1, 64))[1], indices.view(10, 20, 1))        # of any shape
+
+
+def test_a_tokenizer_in_bfloat16_works():
+    half, images = VQRAE(SMALL).bfloat16().eval(), pictures().bfloat16()
+    out = half(images)
+    assert torch.equal(half.tokenize(images), out.indices) and out.reconstruction.dtype == torch.bfloat16
+    torch.testing.assert_close(half.detokenize(out.indices), out.reconstruction, rtol=0.05, atol=0.05)
 
 
 def test_codebook_starts_on_the_latents():
@@ -180,7 +191,9 @@ def test_latents_start_as_the_pixels_that_features_tell():
         model = VQRAE(replace(SMALL, dim=300, codebook_dim=e, encoder_kwargs=dict(depth=1, num_heads=2, class_token=False)))
         Z_I = pixels.flatten(1) @ hidden
         model.start_on(Z_I, pixels)
-        z = model.to_code(Z_I).detach()[:, :192]
+        z = model.to_code(Z_I).detach()
+        assert 0.29 < z.square().mean().sqrt() < 0.31
+        z = z[:, :192]
         ours, theirs = torch.pdist(z[:100]), torch.pdist(pixels[:100].flatten(1))
         assert torch.corrcoef(torch.stack([ours, theirs]))[0, 1] > (0.8 if e >= 192 else 0.3)
         assert len(model.quantizer(model.to_code(Z_I)[None])[1].unique()) >= 22
@@ -194,9 +207,15 @@ def test_tokens_round_trip(small, tmp_path):
         assert torch.equal(indices, out.indices) and torch.equal(small.encode(images), out.Z_I)
         torch.testing.assert_close(small.detokenize(indices), out.reconstruction, rtol=0, atol=1e-5)
         vqrae.save_tokenizer(small, tmp_path / "t")
+        (tmp_path / "link").symlink_to("t")
+        vqrae.save_tokenizer(small, tmp_path / "link")                        # again, through a link
         again = vqrae.load_tokenizer(tmp_path / "t")
         assert again.config == small.config and torch.equal(again.quantizer.codebook, small.quantizer.codebook)
         torch.testing.assert_close(again(images).reconstruction, out.reconstruction, rtol=0, atol=0)
+    (tmp_path / "t" / "stage1.pt").touch()
+    with pytest.raises(UserError, match="holds stage1.pt"):                   # a run's folder, by mistake
+        vqrae.save_tokenizer(small, tmp_path / "t")
+    assert (tmp_path / "t" / "stage1.pt").exists()
 
 
 def test_images_and_codes_of_another_kind_are_refused(small):
@@ -386,7 +405,7 @@ def test_swap_into_a_published_mllm(small, tmp_path):
         encoder = Encoder(replace(SMALL, encoder=name, encoder_kwargs=kwargs)).eval()
         for p in encoder.parameters():
             torch.nn.init.normal_(p, std=0.2)
-        vqrae.swap_encoder(mllm, encoder).save_pretrained(tmp_path / name)
+        train_ar.swap_encoder(mllm, encoder).save_pretrained(tmp_path / name)
         tower = AutoModelForImageTextToText.from_pretrained(tmp_path / name, dtype=torch.float32).eval().model.vision_tower
         images = pictures()
         with torch.no_grad():
@@ -394,11 +413,11 @@ def test_swap_into_a_published_mllm(small, tmp_path):
             torch.testing.assert_close(encoder(images), found, rtol=0, atol=1e-4)
         mllm.config.vision_feature_layer = -2
         with pytest.raises(UserError, match="reads layer -2"):
-            vqrae.swap_encoder(mllm, encoder)
+            train_ar.swap_encoder(mllm, encoder)
         mllm.config.vision_feature_layer = -1
         for other in (dict(kwargs, depth=1), dict(kwargs, depth=3), dict(kwargs, mlp_ratio=2)):
             with pytest.raises(UserError, match="another ViT"):
-                vqrae.swap_encoder(mllm, Encoder(replace(SMALL, encoder=name, encoder_kwargs=other)))
+                train_ar.swap_encoder(mllm, Encoder(replace(SMALL, encoder=name, encoder_kwargs=other)))
 
 
 def test_encoder_weights_must_fit(small, tmp_path):
@@ -413,6 +432,10 @@ def test_encoder_weights_must_fit(small, tmp_path):
         vqrae.load_encoder_weights(fresh, str(tmp_path / "short.pt"))
     with pytest.raises(UserError, match="no file"):
         vqrae.load_encoder_weights(fresh, "nowhere.safetensors")
+    (tmp_path / "saved").mkdir()
+    vqrae.save_file({key: value.contiguous() for key, value in small.encoder.vit.state_dict().items()}, tmp_path / "saved" / "model.safetensors")
+    again = Encoder(SMALL, encoder_weights=str(tmp_path / "saved"))           # as transformers saves a model: in a folder
+    assert torch.equal(again(pictures()), small.encode(pictures()))
 
 
 def test_offline_answer_is_quick_and_names_the_file(monkeypatch):
@@ -425,11 +448,14 @@ def test_offline_answer_is_quick_and_names_the_file(monkeypatch):
     start = time.time()
     with pytest.raises(UserError, match="timm/vit_base_patch16_siglip_256.v2_webli.*--encoder_weights FILE"):
         vqrae.load_encoder_weights(encoder, "hub")
+    for folder in ("./nowhere", "no/where"):
+        with pytest.raises(UserError, match=f"{folder} is neither a folder|fetch it where there is a network"):
+            VQRAE.from_pretrained(folder)
     with pytest.raises(UserError, match="vgg16.*--lpips_weights FILE"):
         PerceptualLoss("lpips")
     config, model_config, _ = vqrae.parse_config(tt.TrainConfig, tt.PRESETS, VQRAEConfig, argv=["--config", "siglip2_256"])
     with pytest.raises(UserError, match="siglip_256.v2_webli.*--encoder_weights FILE"):       # before 800 million random weights are made
-        tt.starting_point(config, model_config, vqrae.Ranks("cpu"), None)
+        tt.encoder_source(config, model_config, None)
     assert time.time() - start < 5
 
 
@@ -438,8 +464,10 @@ def test_a_malicious_checkpoint_executes_nothing(tmp_path):
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/harm",)
     torch.save(dict(model=Bomb()), tmp_path / "bad.pt")
-    with pytest.raises(UserError, match="not loaded"):
-        vqrae.load_checkpoint(tmp_path / "bad.pt")
+    torch.save([torch.zeros(3)], tmp_path / "list.pt"), torch.save(dict(a=torch.zeros(3)), tmp_path / "other.pt")
+    for name in ("bad.pt", "list.pt", "other.pt"):
+        with pytest.raises(UserError, match="another kind.*: not loaded$"):   # without torch's advice to run it
+            vqrae.load_checkpoint(tmp_path / name, "step")
     assert not (tmp_path / "harm").exists()
 
 
@@ -451,7 +479,7 @@ def test_a_failed_write_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
         file.write(b"half")
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(vqrae.torch, "save", full_disk)
-    with pytest.raises(UserError, match="previous file is whole"):
+    with pytest.raises(UserError, match="the previous one, which is whole"):
         vqrae.save_checkpoint(path, dict(step=2))
     assert vqrae.load_checkpoint(path) == dict(step=1) and list(tmp_path.iterdir()) == [path]
 
@@ -635,8 +663,6 @@ def test_every_kind_of_picture_decodes():
     assert near(tt.decode(encoded(Image.new("L", (40, 30), 77))), (77, 77, 77))
     assert near(tt.decode(encoded(Image.new("I;16", (40, 30), 200 * 257))), (200, 200, 200))
     assert near(tt.decode(encoded(Image.new("I;16", (40, 30), 200))), (1, 1, 1))       # dark, not eight bits
-    for value in (200, 200 / 255):                                            # floats up to 255, or to 1
-        assert near(tt.decode(encoded(Image.new("F", (40, 30), value), "TIFF")), (200, 200, 200))
     exif = Image.Exif()
     exif[0x0112] = 6                                                          # stored on its side
     assert tt.decode(encoded(red, "JPEG", exif=exif)).size == (30, 40)
@@ -721,7 +747,6 @@ def test_captions_and_classes(folder, capsys):
     links = folder.with_name("li*nks [1]")                                    # found through links, in folders of any name
     links.mkdir()
     (links / "there").symlink_to(folder / "b")
-    (links / "up").symlink_to(links)                                          # and nothing twice
     assert [item["text"] for item in map(tt.Images(str(links), 32, in_order=True).__getitem__, range(12))].count("one") == 1
     (folder / "a" / "metadata.jsonl").write_text('\ufeff{"file_name": "00.png", "text": "zero"}\n{"file_name": "01.PNG", "text": "lost"}\n')
     tt.Images(str(folder), 32)
@@ -921,13 +946,13 @@ def test_the_bottleneck_starts_well(tmp_path, monkeypatch):
         ours(model, Z_I, pixels)
         for tensor in (*model.to_code[1].parameters(), model.quantizer.codebook):
             tensor.div_(0.3)
-    starts = {f"both as they come, codebook_dim {dim}": lambda *_: None for dim in (8, 32, 192)} | {"to_code random, codes k means": random_map,
+    starts = {f"--bottleneck_start random --codebook_dim {dim}": ours for dim in (8, 32, 192)} | {"to_code random, codes k means": random_map,
               "the same, k means weighted by detail": lambda *a: random_map(*a, even=False), "to_code from pixels, codes k means": all_alike,
               "to_code from pixels at unit variance, k means weighted by detail": at_unit_variance, "the same at 0.3 (ours)": ours}
     found = {}
     for i, (name, start) in enumerate(starts.items()):
         monkeypatch.setattr(VQRAE, "start_on", start)
-        flags = ["--codebook_dim", name.split()[-1]] if "codebook_dim" in name else []
+        flags = name.split() if name.startswith("--") else []
         run_inside("train_tokenizer.py", "--init_from", str(HERE / "out/tiny"), "--out_dir", str(tmp_path / str(i)), "--total_steps", "300", *flags)
         found[name] = json.loads((tmp_path / str(i) / "log_stage1.jsonl").read_text().splitlines()[-1])
         print(f"\n{name}: {found[name]['val_psnr']:.2f} dB, {found[name]['val_codebook_usage']:.1%} of the codes on 256 pictures")
@@ -1087,7 +1112,7 @@ def test_stage_1_freezes_the_encoder_bit_for_bit_and_stage_2_moves_everything(tr
     for name, value in stage1["ema"].items():
         if name != "quantizer.codebook":
             assert not torch.equal(value, stage2["model"][name]), f"{name} did not move in stage 2"
-    teacher = vqrae.load_teacher(out / "tokenizer-stage2", vqrae.load_tokenizer(out / "tokenizer-stage2").config)
+    teacher = train_ar.load_teacher(out / "tokenizer-stage2", vqrae.load_tokenizer(out / "tokenizer-stage2").config)
     assert states_equal(teacher.vit.state_dict(), stage0["encoder"])                                       # T is the encoder as it was
 
 
@@ -1144,13 +1169,45 @@ def test_bench_times_steps_and_saves_nothing(trained, tmp_path, capsys):
     assert run_inside("train_tokenizer.py", *bench, "--disc_start", "0", "--profile") == "no error"
     parts = capsys.readouterr().out
     assert all(f"forward of {part}" in parts for part in ("encoder", "quantizer", "decoder", "teacher", "perceptual", "discriminator"))
-    assert not list(tmp_path.glob("*.pt")) and not list(tmp_path.glob("tokenizer*"))
+    assert "images/s" in run("train_tokenizer.py", *WEE, "--out_dir", tmp_path / "nothing", "--stage", "2", "--bench")       # of random weights
+    assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("tokenizer*"))
     flops = float(re.search(r"a rank: ([\d.e-]+) TFLOP", said)[1]) * 1e12
     weights = sum(p.numel() for p in vqrae.load_tokenizer(trained[0] / "tokenizer").parameters())
     assert 0.5 < flops / (6 * weights * 4 * 16) < 4                           # 6 x weights x tokens, and then attention, losses and the search
 
 
-def test_sigterm_saves_and_says_how_to_go_on(trained, tmp_path):
+def test_a_validation_that_was_cut_off_is_made_again_and_one_that_was_not_stays_one(trained, tmp_path, monkeypatch):
+    flags, rows = [*WEE, "--out_dir", str(tmp_path), "--init_from", str(trained[0])], lambda: [json.loads(line) for line in log.read_text().splitlines()]
+    log, validate, calls = tmp_path / "log_stage1.jsonl", tt.validate, []
+    assert run_inside("train_tokenizer.py", *flags, "--save_every", "3") == "no error"
+    whole = rows()
+    def cut(*args):
+        calls.append(args)
+        if len(calls) == 2: raise UserError("cut off")
+        return validate(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(tt, "validate", cut)
+        assert run_inside("train_tokenizer.py", *flags, "--save_every", "3", "--overwrite") == "cut off"
+    for _ in range(2):                                                        # it goes on; and once more, with no step left
+        before = vqrae.load_checkpoint(tmp_path / "stage1.pt")
+        assert run_inside("train_tokenizer.py", *flags, "--save_every", "3", "--resume") == "no error"
+        assert [row | dict(images_per_s=0) for row in rows()] == [row | dict(images_per_s=0) for row in whole]
+    assert states_equal(vqrae.load_checkpoint(tmp_path / "stage1.pt")["model"], before["model"])
+    assert vqrae.load_checkpoint(tmp_path / "stage1.pt")["optimizer"]["param_groups"] == before["optimizer"]["param_groups"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_first_step_ends_with_one_line(tmp_path, number):
+    process = subprocess.Popen([sys.executable, "train_tokenizer.py", *WEE, "--stage0_steps", "100000", "--out_dir", tmp_path], cwd=HERE,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    while "stage 0" not in process.stderr.readline(): assert process.poll() is None
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and said.endswith("interrupted: what was written before is whole\n") and "Traceback" not in said
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_says_how_to_go_on(trained, tmp_path, number, code):
     flags = ["train_tokenizer.py", *WEE, "--out_dir", tmp_path, "--init_from", trained[0], "--total_steps", 5000, "--save_every", 5000]
     process = subprocess.Popen([sys.executable, *map(str, flags)], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                                env=os.environ | dict(OMP_NUM_THREADS="1"))
@@ -1158,9 +1215,9 @@ def test_sigterm_saves_and_says_how_to_go_on(trained, tmp_path):
     while not (log.exists() and log.read_text().count("\n") > 3):
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     said = process.communicate(timeout=60)[0]
-    assert process.returncode == 0 and "Go on with: python train_tokenizer.py" in said and "--resume" in said
+    assert process.returncode == code and "Go on with: python train_tokenizer.py" in said and "--resume" in said
     assert 3 <= vqrae.load_checkpoint(tmp_path / "stage1.pt")["step"] < 5000
 
 
@@ -1344,17 +1401,17 @@ def test_codes_of_a_folder_are_cached_and_refused_when_they_should_be(trained, f
     caption.write_text("one\n")
     os.utime(caption, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert run_inside("train_ar.py", *flags, *stage2, "--overwrite") == "no error"
-    assert "learned from another tokenizer" in run_inside("train_ar.py", *flags, *stage1, "--resume", "--overwrite_cache")
+    assert "learned from another tokenizer" in run_inside("train_ar.py", *flags, *stage1, "--resume")
     assert all(path.stat().st_mtime_ns == at for path, at in made.items())    # hours of codes are not lost to a command that is refused
     next(data.rglob("*.png")).unlink()
     assert "other images" in run_inside("train_ar.py", *flags, *stage2, "--overwrite")
-    assert run_inside("train_ar.py", *flags, *stage1, "--overwrite", "--overwrite_cache") == "no error"
-    assert all(path.stat().st_mtime_ns == at for path, at in made.items())    # nor to one that is not
+    for path in made: path.unlink()                                           # what the message advises
+    assert run_inside("train_ar.py", *flags, *stage1, "--overwrite") == "no error"
     caption.write_text("one " * 60)
     flags[-3] = str(tmp_path / "long")
     said = run("train_ar.py", *flags, *stage2, "--total_steps", "8")
     prompt = shlex.split(re.search("Next: python (.*)", said)[1])
-    assert said.count("long captions may be cut") == 1 and "error" not in run(*prompt, "--device", "cpu")
+    assert "error" not in run(*prompt, "--device", "cpu")
     flags[1], flags[-3] = str(tmp_path / "0.tar"), str(tmp_path / "run of shards")
     for caption in (b"one", b"two"):                                          # a shard of the same size and other content
         with tarfile.open(flags[1], "w") as tar:
@@ -1419,8 +1476,9 @@ def test_generated_pictures_are_scored(generator, tmp_path):
 
 def test_chat_puts_features_where_image_stood_and_scores_answers_alone():
     words = train_ar.word_tokenizer(["USER: ASSISTANT: how many rings are there? two is it red? no"])
-    chats = [train_ar.chat(words, [("<image>\nhow many rings are there?", "two"), ("is it red?", "no")], 3), train_ar.chat(words, [("<image>", "two rings"), ("is it red?", "no")], 3, plain=True),
-             train_ar.chat(words, [("is it <image> red?", None)], 3)]
+    chat = lambda plain, *turns: tuple(train_ar.chat(words, 3, 30, plain, turns).values())
+    chats = [chat(False, ("<image>\nhow many rings are there?", "two"), ("is it red?", "no")), chat(True, ("<image>", "two rings"), ("is it red?", "no")),
+             chat(False, ("is it <image> red?", None))]
     spell = lambda ids: " ".join("z" if i == train_ar.IMAGE else words.convert_ids_to_tokens(i) for i in ids)
     assert spell(chats[0][0]) == "user : z z z how many rings are there ? assistant : two </s> user : is it red ? assistant : no </s>"
     assert [spell([i for i, s in zip(*c) if s]) for c in chats] == ["two </s> no </s>", "two rings </s>", ""]
@@ -1489,7 +1547,7 @@ def test_understanding_end_to_end(trained, tmp_path):
     assert "another VFM" in run_inside("train_ar.py", *map(str, flags[1:]), "--overwrite", "--phase", "sft", "--tokenizer", str(other))
     for source in ("gone.safetensors", "random"):                             # never another VFM in silence
         with pytest.raises(UserError, match=f"no file {source}"):
-            vqrae.load_teacher(tmp_path, replace(SMALL, encoder_weights=source))
+            train_ar.load_teacher(tmp_path, replace(SMALL, encoder_weights=source))
     begun = ["--out_dir", str(tmp_path / "from file"), "--encoder_weights", str(tmp_path / "vfm.pt"), "--total_steps", "2"]
     shutil.copy(out / "stage0.pt", tmp_path / "vfm.pt")
     assert run_inside("train_tokenizer.py", *WEE, *begun) == "no error"       # of a VFM from a file, which then may go
@@ -1654,15 +1712,16 @@ def test_a_tokenizer_is_written_or_said_not_to_be_and_read_whole_or_not(small, t
     with pytest.raises(Exception, match="codebook"): VQRAE.from_pretrained(str(tmp_path / "tokenizer"))
 
 
-def test_a_resumed_run_takes_the_new_rates(trained, tmp_path, monkeypatch):
+def test_a_resumed_run_takes_the_new_rates(trained, tmp_path, monkeypatch, capsys):
     flags = [*WEE, "--out_dir", str(tmp_path), "--init_from", str(trained[0]), "--stage", "2"]
     assert run_inside("train_tokenizer.py", *flags) == "no error"
     assert run_inside("train_tokenizer.py", *flags, "--resume", "--total_steps", "8", "--lr", "0.004", "--end_lr", "0.004", "--warmup_steps", "1") == "no error"
+    assert "other flags: --total_steps 8 (was 6), --lr 0.004 (was 0.002), --end_lr 0.004 (was 0.0001), --warmup_steps 1 (was " in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "log_stage2.jsonl").read_text().splitlines()]
     assert [row["lr"] for row in rows if "lr" in row and row["step"] > 6] == [0.004, 0.004]
     groups = vqrae.load_checkpoint(tmp_path / "stage2.pt")["optimizer"]["param_groups"]
     assert sorted({group["lr"] for group in groups}) == [4e-5, 1e-3, 4e-3]    # discriminator, encoder and the rest
-    for more, message in ((["--total_steps", "4"], "is at step 8 with"), (["--encoder_lr", "0"], "go on with that")):
+    for more, message in ((["--total_steps", "4"], "is at step 8, beyond --total_steps 4"), (["--encoder_lr", "0"], "go on with that")):
         assert message in run_inside("train_tokenizer.py", *flags, "--resume", "--total_steps", "9", *more)
     monkeypatch.setattr(tt, "distill_loss", lambda a, b: a.sum() * math.inf)  # a run that starts over leaves nothing of the old one to resume
     assert "distill is" in run_inside("train_tokenizer.py", *flags, "--overwrite")
@@ -1677,9 +1736,6 @@ def test_stage_2_wants_the_stage_1_that_it_began_from_with_its_encoder_frozen(tr
     assert run_inside("train_tokenizer.py", *new, "--overwrite", "--seed", "1") == "no error"
     assert run_inside("train_tokenizer.py", *stage2, "--resume", "--total_steps", "8") == "no error"        # of the same VFM: all else is in stage2.pt
     assert "does not fit these flags" in run_inside("train_tokenizer.py", *stage2, "--resume", "--total_steps", "9", "--disc_width", "8")
-    other = [*WEE, "--out_dir", str(tmp_path), "--overwrite", "--seed", "1"]
-    assert run_inside("train_tokenizer.py", *other, "--stage", "0") == run_inside("train_tokenizer.py", *other) == "no error"
-    assert "is not the one that this stage 2 began from" in run_inside("train_tokenizer.py", *stage2, "--resume", "--total_steps", "9")
     assert run_inside("train_tokenizer.py", *new, "--overwrite", "--encoder_lr", "0.01") == "no error"
     assert "moved its encoder" in run_inside("train_tokenizer.py", *stage2, "--overwrite")
 

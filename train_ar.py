@@ -16,8 +16,8 @@ Without a caption a sequence begins at BOI: the unconditional prompt of classifi
     USER: z_1 z_2 ... z_N how many rings are there? ASSISTANT: two </s> USER: ... ASSISTANT: ... </s> <pad> ...       phase sft
           z_1 z_2 ... z_N a red circle </s> <pad> ...                                                                 phase pretrain
 """
-import contextlib, functools, hashlib, io, itertools, json, sys, time, zlib
-from dataclasses import dataclass
+import contextlib, functools, hashlib, io, itertools, json, shlex, signal, sys, time, zlib
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -34,9 +34,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from train_tokenizer import (COLORS, NUMBERS, PLURAL, SHAPES, VALIDATION, Images, article, batches, captions, crop, decode, fingerprint, hashed, note,
                              plan, render, shuffled)
-from vqrae import (Log, Ranks, UserError, bench, check_finite, check_run, check_same, command_line, compile_parts, explained, full, hub_file,
-                   ignore_signals, load_checkpoint, load_teacher, load_tokenizer, lr_factor, next_command, no_autocast, open_run, parse_config,
-                   print_config, report, resize, save_checkpoint, split_batch, teacher_file, uniform)
+from vqrae import (Encoder, Log, Ranks, UserError, bench, check_finite, check_run, check_same, command_line, compile_parts, explained, full,
+                   hub_file, ignore_signals, load_checkpoint, load_tokenizer, lr_factor, next_command, no_autocast, open_run, parse_config,
+                   print_config, report, resize, save_checkpoint, split_batch, timm_key, uniform)
 
 logging.set_verbosity_error(), logging.disable_progress_bar()                 # transformers' own
 
@@ -53,7 +53,6 @@ class ARConfig:
     tokenizer: str = ""                   # folder of the VQRAE tokenizer; "": out_dir/tokenizer
     resume: bool = False                  # go on from the last checkpoint
     overwrite: bool = False               # start over although there is a checkpoint
-    overwrite_cache: bool = False         # compute the codes of --data although they, or those of other data, are cached
     device: str = ""                      # cuda, mps or cpu; "": the first of them that is there
     bench: int = 0                        # time that many steps on one batch, and stop; saves no progress, but makes missing codes-*.npy
     profile: bool = False                 # with --bench: torch.profiler's table of where the time goes
@@ -84,7 +83,6 @@ class ARConfig:
     eps: float = 1e-15                    # [T9]
     weight_decay: float = 0.0             # [T9]
     clip: float = 1.0                     # [T9] gradient norm
-
     def __post_init__(self):
         check_run(self, eps=0)
         self.tokenizer = self.tokenizer or f"{self.out_dir}/tokenizer"
@@ -142,7 +140,6 @@ def build_lm(config, texts):
         with explained(f"--lm {config.lm} is neither a folder nor a name on the hub"):
             hub_file(config.lm, "config.json", f"run `hf download {config.lm}` there, and pass its folder with --lm FOLDER")
     return read_lm(config.lm, f"cannot load the language model {config.lm}")
-
 def read_lm(name, problem, dtype=torch.float32, **how):                       # transformers would keep the saved type, Qwen3's bfloat16
     with explained(problem): return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **how), AutoTokenizer.from_pretrained(name, **how)
 
@@ -150,7 +147,7 @@ def read_lm(name, problem, dtype=torch.float32, **how):                       # 
 def grow_vocabulary(lm, text_tokenizer, tokenizer, which, max_length):
     """Give `lm` a row for each code, and BOI and EOI where it lacks them. The offset is beyond the embedding's rows, of which Qwen3 has more
     (151936) than its tokenizer has tokens (151669). A new row is a random projection of its code's vector C W, so that codes that look alike
-    begin alike (README), with the mean and spread of the old rows; left to itself, transformers makes all new rows nearly the same."""
+    begin alike (README), with the mean and spread of the old rows. By itself transformers would make all new rows nearly the same."""
     text_tokenizer.add_tokens([BOI, EOI], special_tokens=True)
     old, k = lm.config.vocab_size, tokenizer.config.codebook_size
     offset = max(old, len(text_tokenizer))
@@ -187,7 +184,6 @@ class PictureLM(nn.Module):
     def __init__(self, lm):
         super().__init__()
         self.lm = lm
-
     def forward(self, ids, mask):                                             # (B, T + N + 2) each
         # Padding comes last, where causal attention never looks: so no mask, and the fastest kernels. v_N and EOI predict nothing.
         x = self.lm.model(ids[:, :-2], dict(full_attention=None), use_cache=False).last_hidden_state            # (B, T + N, hidden)
@@ -215,15 +211,14 @@ def open_codes(source, part, config, tokenizer, which, ranks):
     if source.endswith(".tar"): images = fingerprint(records.paths, len(dataset))
     else: images = fingerprint([place[0] for r in records for place in (r["image"], r["text"]) if isinstance(place, tuple)], len(dataset), records)
     path = Path(config.out_dir) / f"codes-{part}-{which}-{images}.npy"
-    if path.is_file() and not config.overwrite_cache: return np.load(path, mmap_mode="r")
-    others = [other for other in path.parent.glob(f"codes-{part}-*.npy") if other != path]
-    if others and not config.overwrite_cache:
-        what = f"other images, path or --val_data than {source}" if which in others[0].name else f"another tokenizer than {config.tokenizer}"
-        raise UserError(f"{others[0]} was made with {what}: --overwrite_cache makes codes beside it, --out_dir keeps the runs apart")
+    if path.is_file(): return np.load(path, mmap_mode="r")
+    if other := next(path.parent.glob(f"codes-{part}-*.npy"), None):
+        what = f"other images, path or --val_data than {source}" if which in other.name else f"another tokenizer than {config.tokenizer}"
+        raise UserError(f"{other} was made with {what}: delete it to replace it, or keep the runs apart with --out_dir")
     partial = path.with_suffix(".partial")
-    if ranks.first and (path.is_file() or not partial.exists()):              # else a killed run's is gone on with
+    if ranks.first and not partial.exists():                                  # else a killed run's is gone on with
         codes = ("codes", "<u2" if tokenizer.config.codebook_size <= 1 << 16 else "<u4", tokenizer.config.num_tokens)
-        np.lib.format.open_memmap(partial, "w+", [codes, ("text", "S1024"), ("done", "?")], (len(dataset),))  # longer captions are cut
+        np.lib.format.open_memmap(partial, "w+", [codes, ("text", "S1024"), ("done", "?")], (len(dataset),))
     ranks.wait()
     rows = np.load(partial, mmap_mode="r+")
     first, end = (len(rows) * (ranks.rank + i) // ranks.size for i in (0, 1))                                 # this rank's share
@@ -231,6 +226,7 @@ def open_codes(source, part, config, tokenizer, which, ranks):
     bar = tqdm(todo, f"codes-{part}", unit="image", disable=not ranks.first)
     for i, batch in enumerate(batches(dataset, tokenizer.config.image_size, bar, 64, config.num_workers, ranks.device)):
         texts = [(text or label).encode(errors="replace") for text, label in zip(batch["text"], batch["label"])]     # no caption: its class
+        if max(map(len, texts)) > 1024: note("note: captions are cut after 1,024 bytes")
         here = todo[64 * i:64 * (i + 1)]
         rows["codes"][here], rows["text"][here], rows["done"][here] = tokenizer.tokenize(batch["image"]).cpu(), texts, True
     rows.flush()
@@ -241,9 +237,9 @@ def open_codes(source, part, config, tokenizer, which, ranks):
     return np.load(path, mmap_mode="r")
 
 # ---- Conversations about images, in LLaVA's layout
-def chat(text_tokenizer, turns, tokens, plain=False):
-    """[(question, answer), ...] of one image -> ids, and which of them an answer is made of: [int], [bool] of equal length. <image>
-    in a question becomes `tokens` times IMAGE. An answer of None is left to the model. plain: image and first answer alone."""
+def chat(text_tokenizer, tokens, max_length, plain, turns):
+    """[(question, answer), ...] of one image -> ids, and which of them an answer is made of: [int], [bool] of equal length. <image> in a
+    question becomes `tokens` times IMAGE. An answer of None is left to the model. plain: image and first answer alone. Longer ones are cut."""
     encode = lambda text: text_tokenizer(text, add_special_tokens=False).input_ids
     ids, scored = [text_tokenizer.bos_token_id] * (text_tokenizer.bos_token_id is not None), []
     for question, answer in turns[:1] if plain else turns:
@@ -253,12 +249,8 @@ def chat(text_tokenizer, turns, tokens, plain=False):
         if answer is not None:
             ids += encode(answer) + [text_tokenizer.eos_token_id]
             scored += [True] * (len(ids) - len(scored))
-    return ids, scored
-
-def encode(text_tokenizer, tokens, max_length, plain, turns):
-    """chat's ids and scored, cut to max_length; refused if that cuts the image or leaves no word of an answer."""
-    ids, scored = (x[:max_length] for x in chat(text_tokenizer, turns, tokens, plain))
-    if ids.count(IMAGE) == tokens and any(scored): return dict(ids=ids, scored=scored)
+    ids, scored = ids[:max_length], scored[:max_length]
+    if ids.count(IMAGE) == tokens and (any(scored) or answer is None): return dict(ids=ids, scored=scored)
     raise UserError(f"image and answer do not fit into --max_length {max_length}")
 
 def collate(rows):                                # B dicts of ids, scored and image -> (B, L) twice, (B, 3, h, w)
@@ -271,14 +263,28 @@ class MLLM(nn.Module):
         super().__init__()
         self.lm, width = lm, lm.get_input_embeddings().embedding_dim
         self.connector = nn.Sequential(nn.Linear(dim, width), nn.GELU(), nn.Linear(width, width))        # [T8] mlp2x_gelu
-
     def embed(self, ids, Z_I):                                                # (B, L), (B, N, d) -> (B, L, width)
         x = self.lm.get_input_embeddings()(ids.clamp(min=0))
         return x.masked_scatter((ids == IMAGE)[..., None], self.connector(Z_I.to(self.connector[0].weight.dtype)).to(x.dtype))
-
     def forward(self, ids, scored, Z_I):                                      # (B, L) twice, padded on the right, where no token looks; (B, N, d)
         x = self.lm.base_model(inputs_embeds=self.embed(ids, Z_I), use_cache=False)
         return self.lm.get_output_embeddings()(x.last_hidden_state[:, :-1][scored[:, 1:]])     # (answer tokens, vocabulary)
+
+def swap_encoder(mllm, encoder):
+    """Put `encoder` in the place of the vision tower of a transformers MLLM built on the same ViT (InternVL3, a LLaVA with SigLIP):
+    section 3.4, no training. A final norm or a pooling head, which come after Z_I, stay. README, "Into a published MLLM"."""
+    if mllm.config.vision_feature_layer != -1:
+        raise UserError(f"the MLLM reads layer {mllm.config.vision_feature_layer} of its vision tower, and Z_I, which was distilled, is layer -1")
+    ours, tower, state = encoder.vit.state_dict(), mllm.model.vision_tower, {}
+    for key in [key for key in ours if ".qkv." in key]:
+        ours |= zip([key.replace("qkv", f"{letter}_proj") for letter in "qkv"], ours.pop(key).chunk(3))
+    with explained("the MLLM's vision tower is another ViT than the encoder", KeyError, RuntimeError):
+        for key, old in tower.state_dict().items():
+            name = timm_key(key.removeprefix("vision_model."))
+            state[key] = old if name.startswith(("norm.", "layernorm.", "head.")) else ours.pop(name).reshape(old.shape)
+        if ours: raise KeyError(f"it lacks {', '.join(sorted(ours)[:3])}")
+        tower.load_state_dict(state)
+    return mllm
 
 class Conversations(Images):
     """LLaVA's JSON by position: [{"image": path, "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", ...}]}, ...]."""
@@ -289,14 +295,12 @@ class Conversations(Images):
             with explained(f"{file}, conversation {number} (from 0): not LLaVA's JSON, image and conversations, human and gpt in turn"):
                 if "image" not in row: continue
                 turns = [(q["value"].strip(), a["value"].strip()) for q, a in zip(row["conversations"][::2], row["conversations"][1::2], strict=True)]
-                if row["conversations"][0].get("from") == "gpt": raise ValueError("gpt speaks first")
+                if any(q.get("from") == "gpt" for q in row["conversations"][::2]): raise ValueError("gpt speaks first, or twice")
                 marks = sum(question.count("<image>") for question, _ in turns)
                 if marks != 1: raise ValueError(f"<image> must stand in its questions exactly once, not {marks} times")
                 records.append(dict(name=folder / row["image"], turns=turns))
         if records and not records[0]["name"].is_file(): raise UserError(f"{file}: no file {records[0]['name']}; --images DIR names the folder")
-        if len(records) < len(rows): print(f"{file}: {len(rows) - len(records)} conversations have no image and are left out")
         return records
-
     def load(self, record, _): return self.encode(record["turns"]) | dict(image=square(record["name"], self.size))
 
 def square(file, size):
@@ -344,6 +348,12 @@ def shapes_turns(index, size, phase):
     if phase == "pretrain": turns = [[("", caption)] for caption in captions(scene)]
     return resize(render(scene), size), [[("<image>\n" + question, answer), *more] for (question, answer), *more in turns]
 
+def teacher_file(folder): return next(Path(folder).glob("teacher.safetensors"), None)       # save_tokenizer's; None: a hub has it
+def load_teacher(folder, config):
+    """The frozen VFM that the tokenizer in `folder` began from: from the file beside it, or from where its config says."""
+    source = str(teacher_file(folder) or config.encoder_weights)
+    if source == "stage0": raise UserError(f"{folder} lacks teacher.safetensors, which save_tokenizer(model, folder, teacher) writes")
+    return Encoder(config, source).requires_grad_(False).eval()
 def reads(folder, model_config):
     """What an MLLM trained on a tokenizer's teacher reads, for its config. VFMs go by their name on the hub, else by a hash of the weights."""
     teacher = identity(beside) if (beside := teacher_file(folder)) else f"{model_config.encoder}, {model_config.encoder_weights}"
@@ -381,7 +391,6 @@ class Generate:
             self.lm, self.text_tokenizer = build_lm(config, texts)
         grow_vocabulary(self.lm, self.text_tokenizer, self.tokenizer, self.which, config.max_length)
         self.net, self.visual = PictureLM(self.lm), self.lm.config.visual
-
     def fetch(self, positions, val=False):
         """b positions -> codes (b, N) int64, captions [b]."""
         if (rows := self.val if val else self.data) is None:
@@ -390,24 +399,19 @@ class Generate:
             return self.draw(range(first, first + len(positions)))
         found = rows[[shuffled(p, len(rows), 0 if val else self.config.seed) for p in positions]]      # validation too: files are sorted
         return torch.from_numpy(found["codes"].astype(np.int64)), [text.decode("utf-8", "ignore") for text in found["text"]]
-
     def draw(self, positions):                                                # fetch's answer for shapes, cached
         batch = next(batches(None, self.tokenizer.config.image_size, positions, len(positions), device=self.device))
         with no_autocast(batch["image"]): return self.tokenizer.tokenize(batch["image"]).cpu(), batch["text"]      # also while validating
-
     def stream(self, parts, val=False):
         """Ranges of b positions -> iterator over ids and mask (b, T + N + 2), and codes (b, N)."""
         dropped = lambda p: not val and uniform(self.config.seed * 1_000_003 + p, 1).item() < self.config.caption_drop
         for part in parts:
             codes, texts = self.fetch(part, val)
             ids, mask = layout(self.text_tokenizer, self.visual, ["" if dropped(p) else text for p, text in zip(part, texts)], codes)
-            if ids.shape[1] == self.config.max_length: note("note: long captions may be cut; a larger --max_length keeps more of them")
             yield ids, mask, codes
-
     def loss(self, net, ids, mask, codes):
         """Mean cross-entropy (nats) of the N codes of each layout; -> scalar, float32."""
         return F.cross_entropy(full(net(ids, mask)).flatten(0, 1), codes.flatten())                         # of logits (b, N, k)
-
     def validate(self, parts):
         """Mean loss of the validation images, no caption left out; draws the first of them, unguided (sample.py is faster)."""
         total, texts, N, offset = 0.0, self.fetch(self.val_at[:16], val=True)[1], self.visual["tokens"], self.visual["offset"]
@@ -419,7 +423,6 @@ class Generate:
                                suppress_tokens=list(range(offset)))           # all words, and the end of a text
         save_image(self.tokenizer.detokenize(ids[:, -N:] - offset).float().clamp(0, 1), self.folder.parent / "samples.png", nrow=8)
         return dict(val_loss=total)
-
     def next(self):                                                           # to draw the first caption there is
         return next_command("sample.py", self.config, SHARED, prompt=" ".join(max(self.fetch(range(16))[1], key=bool).split()[:12]))
 
@@ -442,8 +445,7 @@ class Understand:
                      for turn in self.data.record(i)["turns"] for text in turn]
         self.lm, self.text_tokenizer = build_lm(config, texts + ["USER: ASSISTANT:"])
         self.lm.config.understand = understand | dict(max_length=config.max_length)
-        if self.text_tokenizer.eos_token_id is None: raise UserError(f"the tokenizer of --lm {config.lm} has no eos_token, with which answers end")
-        self.encode = functools.partial(encode, self.text_tokenizer, self.tokens, config.max_length, config.phase == "pretrain")
+        self.encode = functools.partial(chat, self.text_tokenizer, self.tokens, config.max_length, config.phase == "pretrain")
         for data in filter(None, (self.data, self.val)):
             data.encode = self.encode                                         # what it refuses is stepped over, as unreadable images are
             data[0]                                                           # if none is left, before anything old is deleted
@@ -452,10 +454,9 @@ class Understand:
             before = folder / "pretrain.pt"
             if not before.exists(): raise UserError(f"SFT starts from {before}, which is not there: run --phase pretrain first")
             with explained(f"{before} is of another language model, or of other texts"):
-                self.net.load_state_dict((pretrained := load_checkpoint(before))["model"])
+                self.net.load_state_dict((pretrained := load_checkpoint(before, "model", "tokenizer"))["model"])
             check_same(pretrained, dict(tokenizer=self.which), f"{before} learned from another VFM")
         self.lm.requires_grad_(config.phase == "sft")
-
     def stream(self, parts, val=False):
         """Ranges of positions -> iterator over ids, scored (b, L) and images (b, 3, h, w)."""
         if self.data is None:
@@ -464,23 +465,19 @@ class Understand:
                 yield collate([self.encode(each) | dict(image=image) for image, each in zip(images, turns)])
         else: yield from torch.utils.data.DataLoader(self.val if val else self.data, batch_sampler=parts, num_workers=self.config.num_workers,
                                                      collate_fn=collate, worker_init_fn=ignore_signals, generator=torch.Generator())
-
     def loss(self, net, ids, scored, images):
         """Mean cross-entropy (nats) of the S answer tokens of one micro-batch: as LLaVA's, so that --micro_batch shifts their weights a little."""
         return F.cross_entropy(full(net(ids, scored, self.encoder(images))), ids[:, 1:][scored[:, 1:]])      # (S, vocabulary), (S,)
-
     def validate(self, parts):
         """Mean loss of all answers' tokens; their share of right answers is eval.py's."""
         losses = [(self.loss(self.net, *(t.to(self.device) for t in batch)), batch[1][:, 1:].sum()) for batch in self.stream(parts, val=True)]
         return dict(val_loss=(sum(loss * n for loss, n in losses) / sum(n for _, n in losses)).item())
-
     def next(self):
         sft = dict(task="understand", phase="sft", overwrite=(Path(self.config.out_dir) / "mllm/sft.pt").exists())
         if self.config.phase == "pretrain": return next_command("train_ar.py", self.config, CARRIED, **sft)
-        if self.val is None: return next_command("eval.py", self.config, SHARED - {"tokenizer"}, vqa=True) + f" {self.config.tokenizer!r}"
+        if self.val is None: return next_command("eval.py", self.config, SHARED - {"tokenizer"}, vqa=True) + f" {shlex.quote(self.config.tokenizer)}"
         record = self.data.record(0)                                          # a small LM knows its words
-        ask = " ".join(record["turns"][0][0].replace("<image>", "").split()[:12]) or "what is this?"
-        return next_command("sample.py", self.config, SHARED, image=record["name"], ask=ask)
+        return next_command("sample.py", self.config, SHARED, image=record["name"], ask=record["turns"][0][0].replace("<image>", "").strip())
 
 def send(message, src_rank, group, device):
     """Send ZeRO's moments from one rank to all; the first saves them. Replaces torch's own function, which takes a minute a gigabyte."""
@@ -495,9 +492,8 @@ def train(config, ranks):
     local, micro, accumulate = split_batch(config, ranks)
     folder = out / ("mllm" if config.phase else "ar")                         # phase is "" for --task generate alone
     path, sft_follows = folder / f"{config.phase or 'state'}.pt", config.phase == "pretrain" and "phase" not in config.given
-    resumed = open_run(path, config)
+    resumed = open_run(path, config, ranks)
     first_step = resumed["step"] if resumed else 0
-    if first_step > config.total_steps: raise UserError(f"{path} is at step {first_step}, beyond --total_steps {config.total_steps}")
     folder.mkdir(parents=True, exist_ok=True)
     task = (Understand if config.phase else Generate)(config, ranks, folder, resumed)
     task.val_at = range(VALIDATION, VALIDATION + config.val_images) if task.val is None else range(min(config.val_images, len(task.val)))
@@ -526,16 +522,18 @@ def train(config, ranks):
                disable=not ranks.first)                                       # the last round only validates and saves
     if config.bench: stream, timed = itertools.repeat(next(stream)), bench(config, ranks, dict(lm=task.lm.base_model, teacher=task.encoder))
     else: ranks.begin([path, *[folder / "sft.pt"] * sft_follows] if config.overwrite else [])
-    log = Log(out / f"log_{config.phase or 'ar'}.jsonl", first_step, ranks.first and not config.bench)
+    def due(step, every): return step == config.total_steps or (step > 0 and step % every == 0)
+    log = Log(out / f"log_{config.phase or 'ar'}.jsonl", first_step, due(first_step, config.eval_every), ranks.first and not config.bench)
     for step in bar:
         if config.bench and next(timed): return
         # Once in a while: save, validate.
         last = step == config.total_steps
-        if last or stop or (step > first_step and step % config.save_every == 0):
+        if step > first_step and (stop or due(step, config.save_every)):
             if ranks.size > 1: optimizer.consolidate_state_dict(to=0)         # all ranks send theirs
             if ranks.first:
-                save_checkpoint(path, dict(model=task.net.state_dict(), optimizer=optimizer.state_dict(), step=step, tokenizer=task.which))
-        if ranks.first and (last or (step > first_step and step % config.eval_every == 0)):
+                save_checkpoint(path, dict(model=task.net.state_dict(), optimizer=optimizer.state_dict(), step=step, tokenizer=task.which,
+                                           config=asdict(config)))
+        if ranks.first and due(step, config.eval_every):
             task.net.eval()
             with amp, torch.no_grad(), torch.compiler.set_stance("force_eager") if config.compile else contextlib.nullcontext():       # many lengths
                 found = task.validate(task.val_at[i:i + micro] for i in range(0, len(task.val_at), micro))
@@ -556,8 +554,8 @@ def train(config, ranks):
         grad_norm = nn.utils.clip_grad_norm_(learning, config.clip)
         means = ranks.sum(torch.stack([mean_loss, grad_norm, mean_loss.new_full((), ranks.stop_asked)])) / ranks.size
         optimizer.step()
-        optimizer.zero_grad(set_to_none=ranks.size == 1)                      # DDP's gradients stay in its buckets: else they are there twice
-        loss, grad_norm, stop = means.tolist()                                # the step's one wait for the GPU; one rank asked to stop stops all
+        optimizer.zero_grad(set_to_none=ranks.size == 1)                      # DDP keeps gradients in its buckets: None would allocate them twice
+        loss, grad_norm, stop = means.tolist()                                # the only wait for the GPU in a step; one rank asked to stop stops all
         check_finite({"cross-entropy": loss, "gradient norm": grad_norm}, f"{step} (images from {step * config.batch_size} on)")
         # ----------------------------------------------------------------------------------------------------------------
         if (step + 1) % config.log_every == 0:
@@ -572,7 +570,9 @@ def train(config, ranks):
                time=f"{(time.time() - start) / 60:.1f} minutes", pictures="" if config.phase else out / "samples.png", model=folder))
         if not sft_follows: print(f"\nNext: {task.next()}")
     ranks.wait()
-    if stop and not last: ranks.say(f"stopped at step {step}, all saved. Go on with: {next_command(sys.argv[0], config, resume=True)}")
+    if stop and not last:
+        ranks.say(f"stopped at step {step}, all saved. Go on with: {next_command(sys.argv[0], config, resume=True)}")
+        if ranks.stop_asked == signal.SIGINT: sys.exit(130)                   # Ctrl-C stops `this && the next` too
     return last
 
 def main():

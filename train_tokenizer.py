@@ -11,7 +11,7 @@ Train the VQRAE tokenizer: the paper's two stages, and before them a stage 0 for
     stage 1   encoder frozen; codebook and decoder learn to reconstruct       (eq. 4)   -> stage1.pt, tokenizer-stage1/
     stage 2   encoder too, held to its old features by distillation           (eq. 6)   -> stage2.pt, tokenizer-stage2/
 """
-import copy, functools, hashlib, io, itertools, json, math, os, re, sys, tarfile, time, warnings, zlib
+import copy, functools, hashlib, io, itertools, json, math, os, re, signal, sys, tarfile, time, zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -71,6 +71,7 @@ class TrainConfig:
     beta2: float = 0.999                  # [T7]
     weight_decay: float = 1e-4            # [T7] on matrices only [TiTok]
     clip: float = 1.0                     # [T7] gradient norm; the discriminator's separately
+    bottleneck_start: Literal["data", "random"] = "data"  # [ours] codes and the projection to them begin on the data, or as SimVQ makes them
     stage0_steps: int = 1500              # [ours] of stage 0, of 16 pictures of shapes each
     ema_decay: float = 0.999              # [TiTok] of the weights that are evaluated and saved as the tokenizer
     # losses
@@ -84,7 +85,6 @@ class TrainConfig:
     disc_lr: float = 4e-5                 # [T7]
     disc_width: int = 128                 # [TiTok]
     lecam_weight: float = 0.001           # [TiTok]
-
     def __post_init__(self):
         check_run(self, ema_decay=0, disc_width=1, encoder_lr=0, disc_lr=0, distill_weight=0, disc_weight=0, stage0_steps=1)
 
@@ -105,18 +105,15 @@ CARRIED = {f.name for f in (*fields(TrainConfig), *fields(VQRAEConfig))} - {    
 
 # ---- Data. Everything is a function of (seed, position): position 0, 1, 2, ... counts the images a run has seen, so that any
 # number of ranks and workers, and a resumed run, see the same images in the same order with the same crops.
-Image.MAX_IMAGE_PIXELS = 64 * 1024 * 1024         # PIL refuses twice as many as a decompression bomb,
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)               # and warns of half of those
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 def decode(data):
     """Bytes of any image PIL reads -> upright RGB PIL image; transparency on white, the first frame of an animation."""
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    if image.mode.startswith("I") or image.mode == "F":                       # 16 bits, or floats: to eight
+    if image.mode.startswith("I"):                                            # 16 bits: to eight
         values = np.asarray(image, np.float32)
-        if image.mode == "F" and values.max() <= 1: values = values * 255
-        elif image.mode.startswith("I;16") or values.max() > 255: values = values / 257
-        return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
+        if image.mode != "I" or values.max() > 255: values = values / 257
+        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
     if image.has_transparency_data: image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
@@ -141,17 +138,14 @@ class Images(torch.utils.data.Dataset):
         self.chosen = np.arange(len(self.records))                            # numbers, no copies: there may be millions
         if part != "all": self.chosen = self.chosen[(self.chosen % 20 == 0) == (part == "val")]
         if not len(self): raise UserError(f"{source} has no images to use, or too few to hold every 20th out: --val_data names others")
-
     def read(self, source, folder): return Shards(source, folder) if source.endswith(".tar") else read_folder(source)
     def __len__(self): return len(self.chosen)
     def record(self, position):
         return self.records[self.chosen[position % len(self) if self.in_order else shuffled(position, len(self), self.seed)]]
-
     def load(self, record, u):
         image = crop(decode(read_bytes(*record["image"])), self.size, u if self.random_crop else (0.5, 0.5, u[2]), self.random_flip)
         text = record["text"] if isinstance(record["text"], str) else read_bytes(*record["text"]).decode("utf-8-sig", "replace")
         return dict(image=image, text=text.strip(), label=record["label"], name=record["name"])
-
     def __getitem__(self, position):
         u, skipped = uniform(self.seed * 1_000_003 + position, 3).tolist(), []
         for record in map(self.record, range(position, position + 2 * len(self))):   # an unreadable image gives way to the next
@@ -166,11 +160,7 @@ def read_folder(folder):
     """Images below `folder`, sorted; caption and class from metadata.jsonl, else a .txt beside the image and the parent folder."""
     folder = Path(folder or "''")                                             # no name is not the current folder
     if not folder.is_dir(): raise UserError(f"{folder}: no such folder (data is shapes, a folder of images, or 'shards-{{000..127}}.tar')")
-    paths, seen, captions = [], set(), {}
-    for where, inside, names in os.walk(folder, followlinks=True):            # through links too, but nowhere twice
-        if (real := os.path.realpath(where)) in seen: inside.clear(), names.clear()
-        seen.add(real)
-        paths += [Path(where, name) for name in names]
+    paths, captions = [Path(where, name) for where, _, names in os.walk(folder, followlinks=True) for name in names], {}
     files = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     if not files: raise UserError(f"{folder}: no images in it ({', '.join(sorted(IMAGE_SUFFIXES))}); shards go by 'NAME-{{000..127}}.tar'")
     for metadata in (path for path in paths if path.name == "metadata.jsonl"):
@@ -178,8 +168,7 @@ def read_folder(folder):
             if not line.strip(): continue
             with explained(f"{metadata}, line {number}: not JSON with a file_name and a text: {line[:60]!r}; mend or remove that line"):
                 row = json.loads(line)
-                if not isinstance(row.get("text"), (str, type(None))): raise TypeError("text is not a string")
-                captions[metadata.parent / row["file_name"]] = row
+                captions[metadata.parent / row["file_name"]] = row | dict(text=row.get("text") and row["text"].strip())      # no list, no number
     if lost := sorted({*captions} - {*files}): note(f"metadata.jsonl: {len(lost)} of {len(captions)} rows name no image, first {str(lost[0])!r}")
     records = []
     for path in files:
@@ -212,7 +201,6 @@ class Shards:
             np.save(partial := file.with_suffix(".partial.npy"), np.concatenate(rows))
             partial.replace(file)
         self.rows = np.load(file, mmap_mode="r")
-
     def listing(self, path, number):
         """-> one row for each image of a shard: its number, offset and size of image and caption, key; and what is wrong with the tar."""
         members, rows, error = {}, [], ""
@@ -228,7 +216,6 @@ class Shards:
             if images: rows.append((number, *images[0], *parts.get(".txt", (0, 0)), stem.encode("utf-8", "surrogateescape")))
         longest = max([1, *(len(row[-1]) for row in rows)])
         return np.array(rows, f"u4, u8, u4, u8, u4, S{longest}"), error
-
     def __len__(self): return len(self.rows)
     def __getitem__(self, i):
         shard, at, size, text_at, text_size, key = self.rows[i].item()
@@ -263,7 +250,6 @@ class Pretrainer(nn.Module):
         self.scale, self.bias = nn.Parameter(torch.tensor(math.log(10.0))), nn.Parameter(torch.tensor(-10.0))
         self.segment = nn.ModuleList(nn.Linear(dim, 4 * (len(names) + 1)) for names in (SHAPES, COLORS))      # 2 x 2 cells a patch
         self.place = nn.Linear(dim, 2)
-
     def embed_text(self, texts):
         """Bag of hashed words and word pairs -> (B, width): enough for short captions, whatever their words."""
         bags = []
@@ -271,7 +257,6 @@ class Pretrainer(nn.Module):
             ids = [zlib.crc32(word.encode()) % self.words.num_embeddings for word in (*words, *map(" ".join, zip(words, words[1:])))]
             bags.append(self.words(torch.tensor([ids], device=self.bias.device)))               # (1, width)
         return self.text_head(torch.cat(bags))
-
     def forward(self, images, texts, scene):
         z = self.norm(self.encoder(images))                                   # (B, N, d)
         image = F.normalize(self.image_head(z.mean(1)), dim=-1)               # (B, width)
@@ -311,26 +296,28 @@ def parameter_groups(model, discriminator, config):
         if params: yield dict(params=params, base_lr=rates.get(part, config.lr), start=config.disc_start if part == "discriminator" else 0,
                               weight_decay=config.weight_decay * decays)
 
-def hallmark(vfm): return vfm.vit.patch_embed.proj.weight.float().cpu()       # a VFM's patch embedding tells it from others
-def starting_point(config, model_config, ranks, resumed):
-    """The model as its stage begins: from stage 1, or a resumed run whose encoder never moves, else from the VFM; and the frozen teacher T."""
-    source, run = model_config.encoder_weights, Path(config.out_dir if config.init_from in ("", "none") else config.init_from)
-    from_stage1 = config.stage == 2 and config.init_from != "none"
-    from_vfm = not from_stage1 and not (resumed and resumed["config"]["encoder_lr"] == 0)
-    if from_vfm and source not in ("stage0", "random"):                       # before all those weights are made: a missing file is told at once
-        with torch.device("meta"): source = weights_file(Encoder(model_config), source)
+def encoder_source(config, model_config, resumed):
+    """Where the VFM's weights are: a file, "stage0" or "random"; None if stage 1 has them, or a resumed run whose encoder never moves."""
+    if config.bench: return "random"                                          # speed does not depend on them
+    if config.stage == 2 and config.init_from != "none" or resumed and resumed["config"]["encoder_lr"] == 0: return None
+    if model_config.encoder_weights in ("stage0", "random"): return model_config.encoder_weights
+    with torch.device("meta"): return weights_file(Encoder(model_config), model_config.encoder_weights)
+
+def starting_point(config, model_config, ranks, resumed, source):
+    """The model as its stage begins, from encoder_source's source; and the frozen teacher T."""
+    run = Path(config.out_dir if config.init_from in ("", "none") else config.init_from)
     with ranks.device: model = VQRAE(model_config)                            # made there: on a CPU 800 million random weights take half a minute
-    if from_stage1:
+    if source is None and config.stage == 2 and config.init_from != "none":
         path = run / "stage1.pt"
         if not path.exists():
             stage1 = next_command("train_tokenizer.py", config, CARRIED, **dict(out_dir=run) if config.init_from else {})
             raise UserError(f"stage 2 starts from {path}, which is not there: run `{stage1}` first, or pass --init_from")
-        stage1 = load_checkpoint(path)
+        stage1 = load_checkpoint(path, "step", "config", "model_config", "ema")
         check_same(stage1["model_config"], asdict(model_config), f"{path} is of another model")
         if stage1["config"]["encoder_lr"]: raise UserError(f"{path} moved its encoder, which stage 2 needs as teacher: train it with --encoder_lr 0")
         ranks.say(f"from step {stage1['step']} of {stage1['config']['total_steps']} in {path}")
         model.load_state_dict(stage1["ema"], strict=True)
-    elif not from_vfm: model.load_state_dict(resumed["model"], strict=True)   # its encoder has not moved
+    elif source is None: model.load_state_dict(resumed["model"], strict=True)
     else:
         if source == "stage0":
             source = run / "stage0.pt"
@@ -338,13 +325,11 @@ def starting_point(config, model_config, ranks, resumed):
             with ranks.first_alone():
                 if source.exists(): ranks.say(f"encoder from {source}; --stage 0 --overwrite makes another in {config.out_dir}")
                 else: pretrain(config, model_config, ranks.device, source)
+            there = load_checkpoint(source, "encoder", "model_config")["model_config"]
             of_encoder = {name: getattr(model_config, name) for name in ("encoder", "encoder_kwargs", "patch_size", "dim")}
-            check_same(load_checkpoint(source).get("model_config", {}), of_encoder, f"{source} is of another encoder, choose another --out_dir")
+            check_same(there, of_encoder, f"{source} is of another encoder, choose another --out_dir")
         if source != "random": load_encoder_weights(model.encoder, str(source))
-    teacher = copy.deepcopy(model.encoder).requires_grad_(False).eval()       # before anything moves
-    if resumed and not torch.equal(resumed.get("teacher", hallmark(teacher)), hallmark(teacher)):
-        raise UserError(f"the encoder in {run} is not the one that this stage {config.stage} began from: --overwrite starts it over")
-    return model, teacher
+    return model, copy.deepcopy(model.encoder).requires_grad_(False).eval()   # before anything moves
 
 @torch.no_grad()
 def start_bottleneck(model, config, dataset):
@@ -360,7 +345,6 @@ def start_bottleneck(model, config, dataset):
 def as_file(images): return (full(images).clamp(0, 1) * 255).round() / 255    # to 8 bits, as a picture file holds them; still in [0, 1]
 def psnr(x, y):                                                                # (B, 3, H, W) in [0, 1], both rounded to 8 bits -> (B,) dB
     return -10 * (as_file(x) - as_file(y)).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
-
 def code_usage(counts):
     """How often each code was used (k,) -> share of codes in use, effective number of codes, entropy of a token in bits."""
     entropy = torch.special.entr(counts / counts.sum().clamp(min=1)).sum()
@@ -382,7 +366,7 @@ def validate(model, dataset, config, device, path):
 def train(config, model_config, ranks):
     out, device, start = Path(config.out_dir), ranks.device, time.time()
     path, pictures = out / f"stage{config.stage}.pt", out / f"recon_stage{config.stage}.png"
-    if resumed := open_run(path, config): check_same(resumed["model_config"], asdict(model_config), f"{path} is of another model")
+    if resumed := open_run(path, config, ranks): check_same(resumed["model_config"], asdict(model_config), f"{path} is of another model")
     local, micro, accumulate = split_batch(config, ranks)
     size, val_source, hold_out = model_config.image_size, config.val_data or config.data, config.data != "shapes" and not config.val_data
     with ranks.first_alone():
@@ -390,20 +374,22 @@ def train(config, model_config, ranks):
                                                            random_flip=config.random_flip, part="train" if hold_out else "all")
         val_data = None if val_source == "shapes" else Images(val_source, size, in_order=True, part="val" if hold_out else "all", folder=out)
         for images in filter(None, (data, val_data)): images[0]               # if none can be read, before anything old is deleted
+        source = encoder_source(config, model_config, resumed)                # a missing file is told before all those weights are made
         perceptual = PerceptualLoss(config.perceptual, config.lpips_weights, config.convnext_weights) if config.perceptual != "none" else None
     torch.manual_seed(config.seed)
-    model, teacher = starting_point(config, model_config, ranks, resumed)
+    model, teacher = starting_point(config, model_config, ranks, resumed, source)
     if perceptual: perceptual.vfm = teacher
     torch.manual_seed(config.seed)                                            # the same from here on, whether stage 0 ran just now or not
     discriminator = Discriminator(config.disc_width) if config.disc_start >= 0 else None
-    if config.disc_start >= config.total_steps: ranks.say(f"note: --disc_start {config.disc_start} is after the last step: no discriminator")
-    frozen, dtype = config.encoder_lr == 0, torch.float64 if config.precision == "float64" else None
+    frozen = config.encoder_lr == 0
+    dtype = torch.float64 if config.precision == "float64" else None          # None: as it is
     model.encoder.requires_grad_(not frozen)
-    if ranks.first and not (resumed or config.bench) and (config.stage == 1 or config.init_from == "none"): start_bottleneck(model, config, data)
+    begins = (config.stage == 1 or config.init_from == "none") and not resumed
+    if ranks.first and begins and config.bottleneck_start == "data" and not config.bench: start_bottleneck(model, config, data)
     nn.ModuleList(filter(None, (model, teacher, perceptual, discriminator))).to(device, dtype)
     nn.ModuleList(filter(None, (perceptual, discriminator))).to(memory_format=torch.channels_last)      # faster convolutions, the same numbers
     ema = copy.deepcopy(model).requires_grad_(False).eval()
-    averaged, learned = zip(*((e, p) for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad))     # what is frozen stays bit for bit
+    averaged, learned = zip(*[(e, p) for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad])     # what is frozen stays as it is
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = config.tf32
     for part in (model.encoder, model.decoder): part.vit.set_grad_checkpointing(config.checkpointing)
@@ -412,11 +398,12 @@ def train(config, model_config, ranks):
     parts = dict(model=model, ema=ema, optimizer=optimizer, discriminator=discriminator)
     first_step = resumed["step"] if resumed else 0
     if resumed:
-        if first_step > config.total_steps or (resumed["config"]["encoder_lr"] == 0) != frozen:
-            raise UserError(f"{path} is at step {first_step} with --encoder_lr {resumed['config']['encoder_lr']}: go on with that, to more steps")
+        if (resumed["config"]["encoder_lr"] == 0) != frozen:
+            raise UserError(f"{path} had --encoder_lr {resumed['config']['encoder_lr']}: go on with that, or start over with --overwrite")
         resumed["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]         # rates are this run's
         with explained(f"{path} does not fit these flags"):                   # another --disc_width
-            for part in (part for part in parts if parts[part] and resumed[part]): parts[part].load_state_dict(resumed[part])
+            for name, part in parts.items():
+                if part and resumed[name]: part.load_state_dict(resumed[name])
         torch.set_rng_state(resumed["rng"])
         del resumed                                                           # it holds as much as model and optimiser
     net, d_net = ranks.ddp(model), discriminator and ranks.ddp(discriminator)
@@ -426,21 +413,23 @@ def train(config, model_config, ranks):
     bar = tqdm(range(first_step, config.total_steps + 1), f"stage {config.stage}", config.total_steps, initial=first_step, unit="step",
                disable=not ranks.first)                                       # the last round only validates and saves
     weights = dict(l2=1.0, perceptual=config.perceptual_weight, quant=1.0, distill=config.distill_weight, adversarial=config.disc_weight)
-    amp, loss_amp = (torch.autocast(device.type, torch.bfloat16, enabled=kind == "bf16") for kind in (config.precision, config.loss_precision))
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    loss_amp = torch.autocast(device.type, torch.bfloat16, enabled=config.loss_precision == "bf16")
     stop, floor = False, config.end_lr / config.lr
     if config.bench:
         called = dict(model.named_children(), teacher=teacher, perceptual=perceptual, discriminator=discriminator)
         stream, timed = itertools.repeat(next(stream)), bench(config, ranks, called)
     else: ranks.begin([path] if config.overwrite else [])
-    log = Log(out / f"log_stage{config.stage}.jsonl", first_step, ranks.first and not config.bench)
+    def due(step, every): return step == config.total_steps or (step > 0 and step % every == 0)
+    log = Log(out / f"log_stage{config.stage}.jsonl", first_step, due(first_step, config.eval_every), ranks.first and not config.bench)
     for step in bar:
         if config.bench and next(timed): return
         # Once in a while: save, validate, draw.
         last = step == config.total_steps
-        if ranks.first and (last or stop or (step > first_step and step % config.save_every == 0)):
+        if ranks.first and step > first_step and (stop or due(step, config.save_every)):
             save_checkpoint(path, {name: part and part.state_dict() for name, part in parts.items()} | dict(
-                step=step, rng=torch.get_rng_state(), config=asdict(config), model_config=asdict(model_config), teacher=hallmark(teacher)))
-        if ranks.first and (last or (step > first_step and step % config.eval_every == 0)):
+                step=step, rng=torch.get_rng_state(), config=asdict(config), model_config=asdict(model_config)))
+        if ranks.first and due(step, config.eval_every):
             val_psnr, val_usage = validate(ema, val_data, config, device, pictures)
             log(step=step, val_psnr=val_psnr, **dict(val_codebook_usage=val_usage) if model.quantizer else {})
         if last or stop: break
@@ -476,20 +465,24 @@ def train(config, model_config, ranks):
                 terms["lecam"] = lecam(real_mean, fake_mean, *discriminator.means)
                 ((terms["discriminator"] + config.lecam_weight * terms["lecam"]) / accumulate).backward()
                 discriminator.means.lerp_(torch.stack([real_mean, fake_mean]).detach(), 0.001)
-            for name, term in dict(terms, loss=loss).items(): logged[name] = logged.get(name, 0) + full(term.detach()) / accumulate
+            terms["loss"] = loss
+            for name, term in terms.items(): logged[name] = logged.get(name, 0) + full(term.detach()) / accumulate
             if indices is not None: counts.index_add_(0, indices.flatten(), torch.ones(indices.numel(), device=device))  # bincount waits for the GPU
-        logged |= dict(grad_norm=nn.utils.clip_grad_norm_(model.parameters(), config.clip), stop=loss.new_full((), ranks.stop_asked))
+        logged["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         if adversarial: logged["disc_grad_norm"] = nn.utils.clip_grad_norm_(discriminator.parameters(), config.clip)
+        logged["stop"] = loss.new_full((), ranks.stop_asked)                  # one rank asked to stop stops all, in the same step
         means = ranks.sum(torch.stack([*logged.values()])) / ranks.size
         optimizer.step()
-        optimizer.zero_grad(set_to_none=ranks.size == 1)                      # DDP's gradients stay in its buckets: else they are there twice
-        get_ema_multi_avg_fn(min(config.ema_decay, (1 + step) / (10 + step)))(averaged, learned, None)        # all weights in one call
-        logged = dict(zip(logged, means.tolist()))                            # the step's one wait for the GPU, which has all its work by now
+        optimizer.zero_grad(set_to_none=ranks.size == 1)                      # DDP keeps gradients in its buckets: None would allocate them twice
+        decay = min(config.ema_decay, (1 + step) / (10 + step))               # a short memory at first
+        get_ema_multi_avg_fn(decay)(averaged, learned, None)                  # all weights in one call
+        logged = dict(zip(logged, means.tolist()))                            # the only wait for the GPU in a step, after all its work is queued
         check_finite(logged, f"{step} (images {step * config.batch_size} to {(step + 1) * config.batch_size - 1})")
-        stop = logged.pop("stop") > 0                                         # asked of any rank: all save the same step
+        stop = logged.pop("stop") > 0
         # ----------------------------------------------------------------------------------------------------------------
         if (step + 1) % config.log_every == 0:
-            (usage, perplexity, _), counts = code_usage(ranks.sum(counts)), torch.zeros_like(counts)
+            usage, perplexity, _ = code_usage(ranks.sum(counts))
+            counts.zero_()
             codes = dict(codebook_usage=usage, perplexity=perplexity) if model.quantizer else {}
             rate = config.batch_size * (bar.format_dict["rate"] or 0)
             log(step=step + 1, **logged, lr=config.lr * factor(0), images_per_s=rate, **codes, skipped=len(data.skipped) if data else 0)
@@ -499,6 +492,7 @@ def train(config, model_config, ranks):
                 note("warning: under 10% of the codes are in use. Try more --warmup_steps or a lower --lr")
     if stop and not last:
         ranks.say(f"stopped at step {step}, all saved. Go on with: {next_command(sys.argv[0], config, resume=True)}")
+        if ranks.stop_asked == signal.SIGINT: sys.exit(130)                   # Ctrl-C stops `this && the next` too
     elif ranks.first:                                                         # save the tokenizer, tell what came of it and what comes next
         folder, newest = out / f"tokenizer-stage{config.stage}", out / "tokenizer"
         save_tokenizer(ema.float(), folder, None if model_config.encoder_weights == "hub" else teacher)

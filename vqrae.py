@@ -16,7 +16,7 @@ VQRAE: one tokenizer, two outputs. (CVPR 2026, "Representation Quantization Auto
 VQRAEConfig names the sizes: p patch_size, d dim, k codebook_size, e codebook_dim, q, beta; TrainConfig lambda_G disc_weight, lambda_d distill_weight.
 Losses: L_quant (eq. 3): SimVQ; L_P (eq. 2): PerceptualLoss; L_G (eq. 2): -mean Discriminator(X'); its own: hinge_d_loss, lecam; L_distill (eq. 5).
 """
-import argparse, contextlib, dataclasses, datetime, inspect, io, json, math, os, re, shlex, shutil, signal, sys, time, warnings, zipfile
+import argparse, contextlib, dataclasses, datetime, inspect, io, json, math, os, re, resource, shlex, shutil, signal, sys, time, warnings, zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -61,14 +61,12 @@ class VQRAEConfig:
     codebook_size: int = 16384        # k
     codebook_dim: int = 1536          # e; the paper's finding: at least d
     beta: float = 0.25                # weight of the commitment term in eq. 3
-
     def __post_init__(self):
         check_least(self, image_size=1, patch_size=1, dim=1, q=0, codebook_size=1, codebook_dim=1, beta=0)
         h, p = self.image_size, self.patch_size
         if h % p: raise UserError(f"image_size {h} is not a multiple of patch_size {p}: try --image_size {max(1, round(h / p)) * p}")
         if self.output_size < 8: raise UserError(f"pictures of {self.output_size} pixels are too small: a larger --q or --image_size")
         if self.quantizer not in ("simvq", "none"): raise UserError(f"quantizer is simvq or none, not {self.quantizer!r}")
-
     grid = property(lambda self: self.image_size // self.patch_size)                  # tokens a side
     num_tokens = property(lambda self: self.grid ** 2)                                # N
     output_size = property(lambda self: self.grid * (self.q or self.patch_size))      # pixels a side of the reconstruction
@@ -86,23 +84,25 @@ MODELS = {                            # tiny: a stand-in VFM that `train_tokeniz
 # ---- Encoder --------------------------------------------------------------------------------------------------------
 def create_vit(config, **changes):
     """The config's timm ViT with random weights, no head or pooling: a pooling head would never get a gradient, which DDP refuses."""
-    with explained(f"timm cannot build {config.encoder} with {config.encoder_kwargs}, dim {config.dim}"):
+    with explained(f"timm cannot build {config.encoder} as a VisionTransformer with {config.encoder_kwargs}, dim {config.dim}"):
         kwargs = config.encoder_kwargs | dict(img_size=config.image_size, patch_size=config.patch_size, embed_dim=config.dim) | changes
         return timm.create_model(config.encoder, num_classes=0, global_pool="", **kwargs)
 
 class Encoder(nn.Module):
     """The vision foundation model E (section 3.2): images (B, 3, h, w) in [0, 1] -> Z_I (B, N, d), which an MLLM reads: the last block's
     output *before* a final norm (transformers' hidden_states[-1], LLaVA's layer -1; SigLIP has a norm after it, InternViT none)."""
-    def __init__(self, config):
+    def __init__(self, config, encoder_weights=""):                           # "": random; hub or a file as in load_encoder_weights
         super().__init__()
         self.vit = create_vit(config, final_norm=False)
         for name in ("mean", "std"):                                          # the VFM's own normalisation
             self.register_buffer(name, torch.tensor(self.vit.pretrained_cfg[name]).view(1, 3, 1, 1), persistent=False)
-
+        if encoder_weights: load_encoder_weights(self, encoder_weights)
     def forward(self, images):                                                # (B, 3, h, w) in [0, 1]
-        if images.shape[1:] != (3, *self.vit.patch_embed.img_size) or not images.is_floating_point():
-            raise UserError(f"images are (B, 3, h, w) floats of {self.vit.patch_embed.img_size} pixels, not {images.dtype} {tuple(images.shape)}")
-        return self.vit.forward_features((images - self.mean) / self.std)[:, self.vit.num_prefix_tokens:]     # (B, N, d), class token dropped
+        size = self.vit.patch_embed.img_size
+        if images.shape[1:] != (3, *size) or not images.is_floating_point():
+            raise UserError(f"images are (B, 3, h, w) floats of {size} pixels, not {images.dtype} {tuple(images.shape)}")
+        x = self.vit.forward_features((images - self.mean) / self.std)        # (B, N, d), or N + 1 with a class token
+        return x[:, self.vit.num_prefix_tokens:]                              # (B, N, d)
 
 def to_timm_keys(state):
     """A ViT's state dict with timm's or transformers' key names (SiglipVisionModel, InternVLVisionModel, alone or as an
@@ -113,7 +113,6 @@ def to_timm_keys(state):
     for key in [key for key in out if ".q_proj." in key]:
         out[key.replace("q_proj", "qkv")] = torch.cat([out.pop(key.replace("q_proj", f"{letter}_proj")) for letter in "qkv"])
     return out
-
 def timm_key(key):
     """A weight's name in transformers' vision towers -> in timm's ViT, whose own names stay; q_proj, k_proj and v_proj stay apart."""
     renames = ((r"embeddings\.patch_embedding(s\.projection)?", "patch_embed.proj"), (r"embeddings\.position_embedding(s|\.weight)", "pos_embed"),
@@ -122,22 +121,6 @@ def timm_key(key):
                (r"(self_attn|attention)\.", "attn."), (r"attn\.(out_proj|projection_layer)", "attn.proj"))
     for pattern, name in renames: key = re.sub(pattern, name, key)
     return key
-
-def swap_encoder(mllm, encoder):
-    """Put `encoder` in the place of the vision tower of a transformers MLLM built on the same ViT (InternVL3, a LLaVA with SigLIP):
-    section 3.4, no training. A final norm or a pooling head, which come after Z_I, stay. README, "Into a published MLLM"."""
-    if mllm.config.vision_feature_layer != -1:
-        raise UserError(f"the MLLM reads layer {mllm.config.vision_feature_layer} of its vision tower, and Z_I, which was distilled, is layer -1")
-    ours, tower, state = encoder.vit.state_dict(), mllm.model.vision_tower, {}
-    for key in [key for key in ours if ".qkv." in key]:
-        ours |= zip([key.replace("qkv", f"{letter}_proj") for letter in "qkv"], ours.pop(key).chunk(3))
-    with explained("the MLLM's vision tower is another ViT than the encoder", KeyError, RuntimeError):
-        for key, old in tower.state_dict().items():
-            name = timm_key(key.removeprefix("vision_model."))
-            state[key] = old if name.startswith(("norm.", "layernorm.", "head.")) else ours.pop(name).reshape(old.shape)
-        if ours: raise KeyError(f"it lacks {', '.join(sorted(ours)[:3])}")
-        tower.load_state_dict(state)
-    return mllm
 
 def hub_file(repo, name, remedy="pass --encoder_weights FILE"):
     """A file of a hub repository: from the cache, else downloaded. No network: fails in seconds, where the hub's retries take a minute."""
@@ -150,6 +133,7 @@ def weights_file(encoder, source):
     """The path of `encoder`'s weights: `source` itself, or for "hub" timm's file of them, downloaded if need be."""
     repo = encoder.vit.pretrained_cfg.get("hf_hub_id")
     path = hub_file(repo, "model.safetensors") if source == "hub" and repo else source
+    if Path(path).is_dir(): path = Path(path) / "model.safetensors"           # transformers' save_pretrained
     if Path(path).is_file(): return path
     raise UserError(f"no file {path} of encoder weights: put it there, or give --encoder_weights FILE, hub (if timm has them there) or random")
 
@@ -169,29 +153,36 @@ def load_encoder_weights(encoder, source):
 # ---- Quantiser ------------------------------------------------------------------------------------------------------
 def full(x): return x if x.dtype == torch.float64 else x.float()              # autocast's bfloat16 -> float32; float64 (--precision) stays
 def no_autocast(x): return contextlib.nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
-
 def has_bf16(device):                             # does it multiply bfloat16 matrices faster than float32 ones?
     if device.type == "cpu": return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 @torch.no_grad()
-def nearest(z, codes, max_elements=1 << 23, candidates=6):
-    """Index of the nearest (l2) row c of codes (k, e) for each row of z (M, e) -> (M,): the least |c - m|^2 / 2 - (z - m).c, which is half of
-    |z - c|^2 less what all codes share; m, the mean code, keeps rounding small. At most `max_elements` distances exist at once (32 MB in float32;
-    on a GPU 8 times as many). A large codebook's products are in bfloat16 where that is fast; float32 decides among the best `candidates`."""
-    mean, piece = codes.mean(0), max_elements * (8 if z.is_cuda else 1)
-    parts = codes.split(max(1, piece // 8 // codes.shape[1]))                 # centred in parts: never a copy of all codes
-    half = torch.cat([(part - mean).square().sum(1) for part in parts]) / 2   # (k,)
-    slices = (rows - mean for rows in z.split(max(1, piece // len(codes))))   # (m, e) each
-    if not (z.dtype == torch.float32 and codes.numel() >= 1 << 22 and has_bf16(z.device)):
-        return torch.cat([torch.addmm(half, rows, codes.T, alpha=-1).argmin(1) for rows in slices])      # all there is to it, in float32
-    low = torch.cat([(part - mean).bfloat16() for part in parts])             # (k, e)
-    low_half = (half - half.mean()).bfloat16()                                # (k,)
-    def find(rows):                                                           # (m, e) -> (m,)
-        few = torch.addmm(low_half, rows.bfloat16(), low.T, alpha=-1).topk(candidates, largest=False).indices     # (m, candidates)
-        exact = half[few] - (codes[few] @ rows[:, :, None])[..., 0]           # (m, candidates)
-        return few.gather(1, exact.argmin(1, keepdim=True))[:, 0]
-    return torch.cat([find(rows) for rows in slices])
+def nearest(z, codes, max_elements=1 << 23, candidates=24):
+    """The index (M,) of the code (k, e) nearest (l2) to each row of z (M, e). With m the mean code, which keeps rounding small,
+    |z - c|^2 / 2 = |c - m|^2 / 2 - (z - m).c + what all codes share. At most `max_elements` of these distances exist at once (32 MB in float32;
+    on a GPU 8 times as many). A large codebook is searched in bfloat16 where that is fast; float32 then decides among the best `candidates`."""
+    if z.is_cuda: max_elements *= 8
+    mean = codes.mean(0)                                                      # (e,)
+    code_slices = codes.split(max(1, max_elements // 8 // codes.shape[1]))    # slices: never a copy of all codes
+    half_norms = torch.cat([(c - mean).square().sum(1) for c in code_slices]) / 2             # (k,)
+    if z.dtype != torch.float32 or codes.numel() < 1 << 22 or not has_bf16(z.device):
+        z_slices = z.split(max(1, max_elements // len(codes)))                # (m, e) each
+        return torch.cat([torch.addmm(half_norms, rows - mean, codes.T, alpha=-1).argmin(1) for rows in z_slices])
+
+    # bfloat16 has 8 bits, and products may be a hundred times the distances to be told apart. So the product itself adds both half squares, each
+    # as two numbers of bfloat16 beside the vectors: its results are the distances. Zeros keep rows in a width that GPUs like.
+    def two(x): return torch.stack([x.bfloat16(), (x - x.bfloat16()).bfloat16()], 1)          # (n,) -> (n, 2), whose sum is x
+    def low(x, a, b): return F.pad(torch.cat([x.bfloat16(), a, b], 1), (0, 4))                # (n, e), (n, 2) twice -> (n, e + 8)
+    def ones(x): return x.new_ones(len(x), 2, dtype=torch.bfloat16)
+    low_codes = torch.cat([low(mean - c, two(h), ones(c)) for c, h in zip(code_slices, half_norms.split(len(code_slices[0])))])     # (k, e + 8)
+    def search(rows):                                                         # (m, e) -> (m,)
+        x = rows - mean
+        rough = low(x, ones(x), two(x.square().sum(1) / 2)) @ low_codes.T     # (m, k), |z - c|^2 / 2
+        best = rough.topk(candidates, largest=False).indices                  # (m, candidates)
+        exact = torch.cdist(rows[:, None], codes[best])[:, 0]                 # (m, candidates)
+        return best.gather(1, exact.argmin(1, keepdim=True))[:, 0]
+    return torch.cat([search(rows) for rows in z.split(max(1, max_elements // max(len(codes), candidates * codes.shape[1])))])
 
 class SimVQ(nn.Module):
     """SimVQ (Zhu et al. 2024), eq. 1: the codes are C W with C frozen and only W learned, so that one used code moves all of them and none
@@ -203,13 +194,17 @@ class SimVQ(nn.Module):
         self.proj = nn.Linear(codebook_dim, codebook_dim, bias=False)         # W; a bias would repeat to_code's
 
     def forward(self, z):                 # (B, N, e) -> z_q (B, N, e), indices (B, N) int64, loss (scalar, eq. 3)
+        dtype = z.dtype
         with no_autocast(z):                                                  # distances in float32, whatever the rest is in
             z = full(z)
-            codes = self.proj(self.codebook)                                  # C W (k, e)
-            indices = nearest(z.flatten(0, 1), codes).view(z.shape[:-1])      # (B, N)
-            z_q = self.lookup(indices) if 2 * indices.numel() < len(codes) else F.embedding(indices, codes)   # same; W's gradient by the fewer rows
+            codes = F.linear(full(self.codebook), full(self.proj.weight))     # C W (k, e)
+            indices = nearest(z.flatten(0, -2), codes).view(z.shape[:-1])     # (B, N)
+            # One value, two ways to W's gradient: through the chosen rows or through all k, whichever are fewer.
+            if 2 * indices.numel() < len(codes): z_q = full(self.lookup(indices))             # (B, N, e)
+            else: z_q = F.embedding(indices, codes)                           # (B, N, e)
             loss = F.mse_loss(z_q, z.detach()) + self.beta * F.mse_loss(z, z_q.detach())       # codes to z; z to codes (commitment)
-        return z_q.detach() + (z - z.detach()), indices, loss     # straight through: z_q's value, z's gradient. z + (z_q - z).detach() would round
+        z_q = z_q.detach() + (z - z.detach())     # straight through: z_q's value, z's gradient. The usual z + (z_q - z).detach() would round
+        return z_q.to(dtype), indices, loss
 
     def lookup(self, indices):                                                # (...) int64 -> (..., e)
         with no_autocast(indices): return self.proj(F.embedding(indices, self.codebook))
@@ -237,7 +232,6 @@ class Decoder(nn.Module):
         self.vit = create_vit(config, img_size=config.grid, patch_size=1, in_chans=config.dim, final_norm=True)
         self.to_pixels = nn.Linear(config.dim, 3 * self.q ** 2)
         nn.init.constant_(self.to_pixels.bias, 0.5)                           # start at mid grey
-
     def forward(self, z_bot):                                                 # (B, N, d)
         x = z_bot.transpose(1, 2).unflatten(2, (self.grid, self.grid))        # (B, d, grid, grid)
         x = self.vit.forward_features(x)[:, self.vit.num_prefix_tokens:]      # (B, N, d)
@@ -265,34 +259,42 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         self.decoder = Decoder(config)
 
     @classmethod
-    def from_pretrained(cls, *folder, strict=True, **how):                    # by the mixin's default what a file lacks stays random, in silence
-        return super().from_pretrained(*folder, strict=strict, **how)
+    def from_pretrained(cls, folder, strict=True, **how):                     # the mixin's default would leave missing weights random, silently
+        if not Path(folder).is_dir():
+            with explained(f"{folder} is neither a folder nor a model on the hub"): hub_file(str(folder), "config.json", "pass its folder")
+        return super().from_pretrained(folder, strict=strict, **how)
 
     def encode(self, images): return self.encoder(images)                     # X (B, 3, h, w) -> Z_I (B, N, d)
     def forward(self, images):                                                # X (B, 3, h, w)
         Z_I = self.encode(images)                                             # (B, N, d)
         Z_c = self.to_code(Z_I)                                               # (B, N, e)
-        Z_q, indices, vq_loss = self.quantizer(Z_c) if self.quantizer is not None else (Z_c, None, Z_c.new_zeros(()))      # Z_q (B, N, e)
-        return Output(self.decoder(self.from_code(Z_q)), Z_I, indices, vq_loss)
+        if self.quantizer is None: Z_q, indices, vq_loss = Z_c, None, Z_c.new_zeros(())       # RAE
+        else: Z_q, indices, vq_loss = self.quantizer(Z_c)                     # (B, N, e), (B, N), ()
+        Z_bot = self.from_code(Z_q)                                           # (B, N, d)
+        return Output(self.decoder(Z_bot), Z_I, indices, vq_loss)             # X' (B, 3, H, W)
 
     @torch.no_grad()
     def start_on(self, Z_I, pixels):                                          # M patches: features (M, d), pixels (M, 3, p p)
-        """Start the bottleneck on data. to_code: ridge regression from a patch's features to its pixels, in their principal components: latents
-        close together look alike. Their overall standard deviation is 0.3: L_quant grows with its square, and at 1 drowns the other losses.
-        Codes: k-means of 16 latents a code, detailed patches drawn more often: else flat ones take most codes. README, "Bottleneck start"."""
+        """Start the bottleneck on data (README: "Bottleneck start"). to_code: ridge regression from a patch's features to its pixels, in principal
+        components, so that latents close together look alike, with a standard deviation of 0.3: at 1, L_quant drowns the other losses.
+        Codes: k-means of 16 latents a code, detailed patches drawn more often, or flat ones would take most codes."""
         norm, linear = self.to_code
         x, y = norm(Z_I), pixels.flatten(1)                                   # (M, d), (M, 3 p p)
         mean = x.mean(0)
         x = x - mean
-        A = torch.linalg.solve((x.T @ x).cpu() + 1e-3 * len(x) * torch.eye(x.shape[1]), (x.T @ (y - y.mean(0))).cpu()).to(x)  # (d, 3 p p)
+        ridge = 1e-3 * len(x) * torch.eye(x.shape[1])
+        A = torch.linalg.solve((x.T @ x).cpu() + ridge, (x.T @ (y - y.mean(0))).cpu()).to(x)  # (d, 3 p p)
         y_hat = x @ A                                                         # (M, 3 p p)
-        axes = torch.linalg.eigh((y_hat.T @ y_hat).cpu()).eigenvectors.flip(1).to(x)          # (3 p p, 3 p p), the largest first
-        T, n = (A @ axes * (0.3 / y_hat.std()))[:, :len(linear.weight)], min(len(linear.weight), len(axes))      # (d, n); n = min(e, 3 p p)
+        variances, axes = (t.flip(-1).to(x) for t in torch.linalg.eigh((y_hat.T @ y_hat).cpu()))        # (3 p p,), (3 p p, 3 p p), largest first
+        e, n = len(linear.weight), min(len(linear.weight), len(axes))
+        kept = variances[:n].sum() / variances.sum() * len(axes) / e          # of the variance, by dimensions and by axes left out
+        T = (A @ axes * (0.3 / y_hat.std() / kept.sqrt()))[:, :n]             # (d, n)
         linear.weight.mul_(0.1), linear.bias.zero_()                          # dimensions beyond n stay small and random
         linear.weight[:n], linear.bias[:n] = T.T, -mean @ T
         if self.quantizer:
             detail = (pixels.var(2).mean(1) + 5e-4) ** 0.85                   # (M,) variance within a patch; 5e-4: flat ones come too, but rarely
-            self.quantizer.init_codebook(self.to_code(Z_I[torch.multinomial(detail, 16 * len(self.quantizer.codebook), replacement=True)]))
+            drawn = torch.multinomial(detail, 16 * len(self.quantizer.codebook), replacement=True)
+            self.quantizer.init_codebook(self.to_code(Z_I[drawn]))
 
     @torch.no_grad()
     def tokenize(self, images):                                               # X (B, 3, h, w)
@@ -324,7 +326,7 @@ def build_lpips(weights=""):
 
 class PerceptualLoss(nn.Module):
     """L_P of eq. 2. (x, y) images (B, 3, H, W) in [0, 1], y the reconstruction, not clamped -> scalar. "lpips_convnext": LPIPS(VGG16) + 0.1 * MSE
-    of ConvNeXt-Small's ImageNet logits at 224 px: what Table 7's "convnext-s, 1.1" means in TA-TiTok, whose code the paper adapts. "lpips": its
+    of ConvNeXt-Small's ImageNet logits at 224 px: Table 7's "convnext-s, 1.1", read as TA-TiTok's setting of that weight (README). "lpips": its
     first half. "vfm": MSE of the frozen VFM's own features (needs no download; tiny's default). All networks are frozen and in eval mode."""
     def __init__(self, kind="lpips_convnext", lpips_weights="", convnext_weights="", vfm=None):
         super().__init__()
@@ -337,14 +339,12 @@ class PerceptualLoss(nn.Module):
             for name, value in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
                 self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1))
         self.requires_grad_(False).eval()
-
     def features(self, x):                                                    # (B, 3, H, W) -> list of (B, N, d)
         vit = self.vfm.vit
         blocks = [0, len(vit.blocks) // 2]                                    # shallow layers know edges and colours
         x = resize(x, vit.patch_embed.img_size[0], limit=False)
         x = vit.forward_intermediates((x - self.vfm.mean) / self.vfm.std, indices=blocks, intermediates_only=True, output_fmt="NLC", stop_early=True)
         return [F.layer_norm(f, f.shape[-1:]) for f in x]
-
     def forward(self, x, y):
         if self.kind == "vfm": return torch.stack([F.mse_loss(a, b) for a, b in zip(self.features(x), self.features(y))]).mean()
         loss = self.lpips(x * 2 - 1, y * 2 - 1).mean()                        # LPIPS wants [-1, 1]
@@ -385,13 +385,16 @@ def hinge_d_loss(real_logits, fake_logits):
     """The discriminator's loss: real above 1, fake below -1."""
     return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
 def lecam(real_mean, fake_mean, ema_real, ema_fake):
-    """LeCAM (Tseng et al. 2021) as in TiTok: pulls the mean logits of a (micro-)batch towards the other side's running mean. All scalars."""
+    """LeCAM (Tseng et al. 2021) as in TiTok: pulls the mean logits of a (micro-)batch towards the other side's running mean. Scalar tensors."""
     return F.relu(real_mean - ema_fake).square() + F.relu(ema_real - fake_mean).square()
 
 # ---- Files ----------------------------------------------------------------------------------------------------------
 def save_tokenizer(model, folder, teacher=None):
     """`folder`/config.json and model.safetensors, and teacher.safetensors of a `teacher` that no hub has; complete or not at all."""
-    partial = Path(f"{Path(folder)}.partial")
+    folder = Path(folder).resolve()                                           # a link's own folder
+    if strange := {path.name for path in folder.glob("*")} - {"config.json", "model.safetensors", "teacher.safetensors", "README.md"}:
+        raise UserError(f"{folder} holds {min(strange)}, which no tokenizer does: it would be lost; name another folder")
+    partial = Path(f"{folder}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     with explained(f"cannot write {folder}: free some space, then --resume"):
         model.save_pretrained(partial)
@@ -406,29 +409,26 @@ def load_tokenizer(folder, device="cpu"):
     with explained(f"{folder} cannot be read as a tokenizer"), contextlib.redirect_stdout(io.StringIO()):      # the mixin announces what it does
         return VQRAE.from_pretrained(str(folder)).to(device).eval()
 
-def teacher_file(folder): return next(Path(folder).glob("teacher.safetensors"), None)       # save_tokenizer's; None: a hub has it
-def load_teacher(folder, config):
-    """The frozen VFM that the tokenizer in `folder` began from: from the file beside it, or from where its config says."""
-    teacher = Encoder(config)
-    load_encoder_weights(teacher, str(teacher_file(folder) or config.encoder_weights))
-    return teacher.requires_grad_(False).eval()
-
 def save_checkpoint(path, state):
     """Write to a temporary name, then rename: a full disk or a kill leaves the previous file whole."""
     partial = Path(f"{path}.partial")
     try:
-        with explained(f"cannot write {path}: the previous file is whole; free some space, then --resume"), open(partial, "wb") as file:
+        with explained(f"cannot write {path}: free some space; --resume goes on from the previous one, which is whole"), open(partial, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
             os.replace(partial, path)
     finally: partial.unlink(missing_ok=True)
 
-def load_checkpoint(path):
-    """Tensors, numbers and dicts only: a pickle that would run code is refused, not run."""
+def load_checkpoint(path, *keys):
+    """Tensors, numbers and dicts only: a pickle that would run code is refused, not run. So is what lacks one of the `keys`."""
     if not Path(path).is_file(): raise UserError(f"no file {path}")
-    with explained(f"{path} is not a readable checkpoint, or holds more than tensors and numbers: not loaded"):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))          # in memory once for all ranks
+    try:                                                                      # torch's own words would advise to run that code
+        with warnings.catch_warnings(action="ignore"):
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))     # in memory once for all ranks
+        for key in keys: state[key]
+        return state
+    except Exception as error: raise UserError(f"{path} is damaged, of another kind, or holds more than tensors and numbers: not loaded") from error
 
 # ---- What the scripts share: command line, processes, log -----------------------------------------------------------
 def resize(images, size, limit=True):
@@ -469,6 +469,7 @@ def parse_config(cls, presets={}, model_class=None, argv=None, **implied):
     for f in (f for c in classes for f in dataclasses.fields(c)):
         choices = tuple(MODELS) if f.name == "config" else get_args(f.type) or None
         how = kinds.get(f.type, dict(type=type(choices[0]) if choices else f.type, choices=choices))
+        if f.name == "bench": how |= dict(nargs="?", const=5)                 # --bench alone
         parser.add_argument(f.name if f.type is tuple else f"--{f.name}", help=comments[f.name].replace("%", "%%"), **how)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value != []}
     values, origin = {}, {}
@@ -478,6 +479,7 @@ def parse_config(cls, presets={}, model_class=None, argv=None, **implied):
     if model_class: layer("model", dataclasses.asdict(MODELS[given.get("config", values["config"])]))
     for key, preset in presets.items():
         if facts.issuperset(key.split(", ")): layer(key, preset)
+    if "encoder" in given: layer("flag", dict(encoder_kwargs={}))             # those were the other encoder's
     layer("flag", given)
     make = lambda c: c(**{f.name: values[f.name] for f in dataclasses.fields(c)})
     config = make(cls)
@@ -501,20 +503,17 @@ class Ranks:
         torch.backends.cudnn.allow_tf32 = False                               # torch's default for convolutions would make other codes
         if "RANK" in os.environ and not dist.is_initialized():                # hours: rank 0 validates and saves alone
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))
-
     def begin(self, old):
         """From now on no --resume finds the `old` checkpoints, and SIGTERM and Ctrl-C ask for a stop between two steps; a second stops at once."""
         for path in old: path.unlink(missing_ok=True)
         def ask(number, _):
-            self.stop_asked = True
+            self.stop_asked = number
             signal.signal(number, signal.SIG_DFL)
         for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, ask)
-
     def say(self, *text):
         if self.first: print(*text, flush=True)
     def wait(self):
         if self.size > 1: dist.barrier()
-
     def sum(self, tensor):                                                    # over ranks; no gradient
         if self.size == 1: return tensor
         total = tensor.to(self.device, copy=True)                             # nccl knows no CPU tensors
@@ -522,14 +521,12 @@ class Ranks:
         return total.to(tensor.device)
     def mean_with_grad(self, tensor):                                         # over ranks; the gradient is this rank's: DDP averages those
         return tensor + (self.sum(tensor.detach()) / self.size - tensor.detach())
-
     @contextlib.contextmanager
     def first_alone(self):
         """Rank 0 does what is inside before the others do: they find the files it made."""
         if not self.first: self.wait()
         yield
         if self.first: self.wait()
-
     def ddp(self, network):
         """`network` with its gradients averaged over the ranks."""
         if self.size == 1: return network
@@ -538,12 +535,12 @@ class Ranks:
         return network
 
 class Log:
-    """log_*.jsonl: one object a line. A resumed run cuts what a killed one wrote past its last checkpoint."""
-    def __init__(self, path, step, enabled):
+    """log_*.jsonl, an object a line. A resumed run cuts what came after its checkpoint, which is a validation too, made again if `due`."""
+    def __init__(self, path, step, due, enabled):
         rows = read_log(path) if enabled and step and path.exists() else []   # before the file is opened anew
         self.file = open(path, "w", buffering=1) if enabled else io.StringIO()
-        for row in (row for row in rows if row["step"] <= step): self(**row)
-
+        for row in rows:
+            if row["step"] < step or row["step"] == step and ("loss" in row or not due): self(**row)
     def __call__(self, **values): print(json.dumps(values), file=self.file)
 
 def bench(config, ranks, parts={}, steps=1, unit="images"):
@@ -568,9 +565,9 @@ def bench(config, ranks, parts={}, steps=1, unit="images"):
     flops, chip = counter.get_total_flops() / steps, torch.cuda.get_device_name() if cuda else ranks.device.type
     peaks = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12}      # FLOP a second, dense, by NVIDIA's data sheets
     share = next((f" ({flops / seconds / peak:.1%} of its bf16 peak)" for name, peak in peaks.items() if name in chip), "")
-    memory = f", at most {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if cuda else ""
+    memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024      # Linux's unit
     ranks.say(f"{config.batch_size / seconds:.1f} {unit}/s, {seconds * 1e3:.2f} ms a step of {config.batch_size}; a rank: "
-              f"{flops / 1e12:.3g} TFLOP a step in matrix products, convolutions and attention on {chip}{share}{memory}")
+              f"{flops / 1e12:.3g} TFLOP a step in products, convolutions and attention on {chip}{share}, at most {memory / 1e9:.1f} GB")
     yield True
 
 def check_run(config, **least):                                               # fills in out_dir, checks flags, shortens a --bench
@@ -587,11 +584,16 @@ def check_same(there, here, what):                                            # 
     differ = [f"{name} is {there.get(name)} there, {value} here" for name, value in here.items() if there.get(name) != value]
     if differ: raise UserError(f"{what}: {', '.join(differ)}")
 
-def open_run(path, config):
+def open_run(path, config, ranks):
     """The checkpoint to go on from, or None to start; refuses to start over a finished or unfinished run by accident."""
     if config.resume and not config.bench:
         if not path.exists(): raise UserError(f"nothing to resume: {path} is not there; leave --resume out to start")
-        return load_checkpoint(path)
+        saved = load_checkpoint(path, "step", "optimizer", "config")
+        if saved["step"] > config.total_steps: raise UserError(f"{path} is at step {saved['step']}, beyond --total_steps {config.total_steps}")
+        changed = [f"--{name} {value} (was {saved['config'].get(name)})" for name, value in dataclasses.asdict(config).items()
+                   if saved["config"].get(name) != value and name not in ("resume", "overwrite")]
+        if changed: ranks.say("note: this run goes on with other flags:", ", ".join(changed))
+        return saved
     if path.exists() and not (config.overwrite or config.bench):
         raise UserError(f"{path} exists: --resume goes on from it, --overwrite starts over, --out_dir puts the new run elsewhere")
 
@@ -612,19 +614,21 @@ def next_command(script, config, keep=None, **more):
              f"--{name} {shlex.quote(json.dumps(value) if isinstance(value, dict) else str(value))}" for name, value in flags.items()]
     return " ".join([how, shlex.quote(str(Path(sys.argv[0]).with_name(Path(script).name))), *words])
 
-def check_finite(losses, step, remedy="what was saved is whole; try a lower --lr, more --warmup_steps, or --precision float32, then --resume"):
+def check_finite(losses, step, remedy="try a lower --lr, more --warmup_steps or --precision float32; what was saved is whole"):
     for name, value in losses.items():                                        # the first NaN or infinite one is named
         if not math.isfinite(value): raise UserError(f"{name} is {value} at step {step}: stopped; {remedy}")
 
 def command_line(main):
     """Run a script's main(). A user's mistake ends as one line and exit status 1, under torchrun as one line in all."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)                 # as Ctrl-C, until Ranks.begin
+    for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors="replace")              # names of files may be of any bytes
     if sys.platform == "linux": torch.multiprocessing.set_start_method("fork", force=True)    # workers share the data, which Python 3.14 would copy
     try:
         main()
         if dist.is_initialized(): dist.destroy_process_group()
         return
     except (UserError, OSError) as error:                 # a loader's worker wraps it in a traceback
-        text = f"error: {str(error).rpartition('UserError: ')[2].strip()}"
+        text = f"error: {str(error).rpartition('UserError: ')[2].strip()}{'; is that path right?' if isinstance(error, OSError) else ''}"
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError): text = "error: out of GPU memory, try a smaller --micro_batch or --batch_size"
         elif dist.is_initialized() and re.search("gloo|nccl|peer", str(error), re.I): text = "error: another rank failed: killed, or it says why"
