@@ -9,7 +9,7 @@ Draw pictures for captions: text -> codes -> pixels, with a generator that train
     python sample.py --image FILE --ask "how many circles are there?"         after train_ar.py --task understand
 
 --geneval and --dpg go on where they stopped: a picture that is there is not made again, so give other settings, or a new model, another --out.
-A picture depends on model, settings, caption, --seed and its number among the caption's alone: not on batch, rank or other captions (float32, CPU).
+A picture depends on model, settings, caption, --seed and its number among that caption's, not on batch, ranks or other captions (float32, CPU).
 """
 import collections, functools, json, re, zlib
 from dataclasses import dataclass
@@ -67,7 +67,7 @@ def check_options(guidance, temperature, top_k, top_p):
 
 # ---- Text -> codes --------------------------------------------------------------------------------------------------
 def choose(logits, u, temperature, top_k, top_p):
-    """Logits (B, k) and a uniform number each (B,) -> codes (B,), by inverting the cumulative distribution: rounding then changes few draws."""
+    """Logits (B, k) and a uniform number each (B,) -> codes (B,), by inverting the cumulative distribution, so that rounding changes few draws."""
     if temperature < 1e-6: return logits.argmax(1)
     logits = logits / temperature
     if top_k: logits = TopKLogitsWarper(top_k)(None, logits)                  # transformers': what is out of the draw becomes -inf

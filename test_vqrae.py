@@ -4,6 +4,7 @@ VQRAE_SLOW=1 pytest -s      the measurements too
 
 First the invariants of the method, then the shapes world and the data, last the scripts run as a user runs them.
 """
+import gc
 import gzip
 import io
 import json
@@ -1215,6 +1216,7 @@ def test_a_signal_saves_and_says_how_to_go_on(trained, tmp_path, number, code):
     while not (log.exists() and log.read_text().count("\n") > 3):
         assert process.poll() is None
         time.sleep(0.05)
+    assert "another run is writing" in run_inside("train_tokenizer.py", *map(str, flags[1:]))
     process.send_signal(number)
     said = process.communicate(timeout=60)[0]
     assert process.returncode == code and "Go on with: python train_tokenizer.py" in said and "--resume" in said
@@ -1667,6 +1669,8 @@ def run_inside(script, *argv):
         return str(error)
     finally:
         sys.argv = arguments
+        signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.default_int_handler)
+        gc.collect()                                                          # the end of a process would unlock the run's folder
     return "no error"
 
 

@@ -66,7 +66,7 @@ class ARConfig:
     val_images: int = 256                 # [ours] images a validation
     # model
     lm: str = "Qwen/Qwen3-0.6B"           # [T9] a language model of transformers by hub name or local folder, Qwen3 to generate; or random
-    lm_config: dict = None                # all that Qwen3Config is made of for --lm random, whose words are those of the captions
+    lm_config: dict = None                # with --lm random: the values of its Qwen3Config; its words are those of the captions
     max_length: int = 1536                # [T9] tokens of caption and picture, or of a conversation; longer texts are cut
     # data
     batch_size: int = 512                 # [T9] images a step, over all ranks and accumulation
@@ -109,7 +109,7 @@ PRESETS = {
 SHARED = {"config", "out_dir", "device", "tokenizer"}                         # flags that the next command takes over; CARRIED: SFT
 CARRIED = SHARED | set("data val_data images lm lm_config max_length micro_batch num_workers precision compile checkpointing seed".split())
 
-# ---- Language model and layout. What sets ours apart from any other Qwen3 is written in its config as `visual`:
+# ---- Language model and layout. What a generator has beyond any Qwen3 stands in its config as `visual`:
 # offset and codes (the ids offset ... offset + codes - 1 are pictures), tokens (N), boi, eoi, max_length, and which tokenizer.
 BOI, EOI = "<|vision_start|>", "<|vision_end|>"   # Qwen3's own names; other text tokenizers are given them
 PAD, UNKNOWN, END, IMAGE = "<pad>", "<unk>", "</s>", -1       # IMAGE: one feature of Z_I among the ids
@@ -134,7 +134,7 @@ def build_lm(config, texts):
             if strange := set(config.lm_config) - set(Qwen3Config().to_dict()): raise ValueError(f"it has no {', '.join(strange)}")
             lm = Qwen3ForCausalLM(Qwen3Config(**config.lm_config | dict(vocab_size=len(text_tokenizer))))     # takes any name in silence
             lm(torch.zeros(1, 2, dtype=torch.int64))                          # heads that do not go with one another fail here
-        nn.init.normal_(lm.get_input_embeddings().weight)                     # smaller words drown in what their first layer attends to: README
+        nn.init.normal_(lm.get_input_embeddings().weight)                     # larger than usual, or the first layer drowns the words: README
         return lm, text_tokenizer
     if not Path(config.lm).is_dir():                                          # a name on the hub; fails within seconds where there is no network
         with explained(f"--lm {config.lm} is neither a folder nor a name on the hub"):
@@ -198,7 +198,7 @@ def load_generator(out_dir, tokenizer_folder, device="cpu", dtype=torch.float32)
     check_same(getattr(lm.config, "visual", {}), dict(tokenizer=identity(tokenizer_folder)), f"{folder} learned other codes: pass their --tokenizer")
     return lm.to(device).eval(), text_tokenizer, tokenizer
 
-# ---- Codes computed once, by position. Shapes are drawn and tokenized when they first come, which takes a fifth of a step, and kept.
+# ---- Codes are computed once, and kept: those of files on disk, those of shapes (which takes a fifth of a step) as they first come.
 REPEAT = 25_600                                   # pictures of shapes; then the first comes again
 def open_codes(source, part, config, tokenizer, which, ranks):
     """Codes and captions of `source` as one memory-mapped array of records, codes-PART-TOKENIZER-DATA.npy, made if need be; None for shapes."""
@@ -308,9 +308,9 @@ def square(file, size):
     return crop(ImageOps.pad(decode(Path(file).read_bytes()), (size, size), Image.Resampling.BICUBIC, color=(127, 127, 127)), size) / 255
 
 def questions(index, scene):
-    """Picture numbers (B,) and their Scene -> for each picture its {question: (kind, answer)}, shuffled: of presence and counting one each, of
-    color and position up to two, about different objects. More would answer one another, and a model that reads them need not look. An
-    object's name comes last, but in counting: what a small model learns in one, to look for the last word, then serves the others."""
+    """Picture numbers (B,) and their Scene -> for each picture its {question: (kind, answer)}, shuffled: one of presence, one of counting, up to two
+    of color and of position, about different objects. With more, one would answer another, and a model could do without the picture. The
+    object's name comes last, except in counting: a small model that has learned to look for the last word can use that for all kinds."""
     out = []
     facts = zip(hashed(index, 60)[:, 48:].tolist(), *(t.tolist() for t in (scene.count, scene.shape, scene.color, scene.x, scene.y)))
     for u, n, shapes, colors, xs, ys in facts:
@@ -447,7 +447,7 @@ class Understand:
         self.lm.config.understand = understand | dict(max_length=config.max_length)
         self.encode = functools.partial(chat, self.text_tokenizer, self.tokens, config.max_length, config.phase == "pretrain")
         for data in filter(None, (self.data, self.val)):
-            data.encode = self.encode                                         # what it refuses is stepped over, as unreadable images are
+            data.encode = self.encode                                         # what it refuses is skipped, as unreadable images are
             data[0]                                                           # if none is left, before anything old is deleted
         self.net = MLLM(self.lm, model_config.dim)
         if config.phase == "sft" and not resumed:
@@ -466,7 +466,7 @@ class Understand:
         else: yield from torch.utils.data.DataLoader(self.val if val else self.data, batch_sampler=parts, num_workers=self.config.num_workers,
                                                      collate_fn=collate, worker_init_fn=ignore_signals, generator=torch.Generator())
     def loss(self, net, ids, scored, images):
-        """Mean cross-entropy (nats) of the S answer tokens of one micro-batch: as LLaVA's, so that --micro_batch shifts their weights a little."""
+        """Mean cross-entropy (nats) of a micro-batch's S answer tokens, as LLaVA's: so --micro_batch changes their weights a little."""
         return F.cross_entropy(full(net(ids, scored, self.encoder(images))), ids[:, 1:][scored[:, 1:]])      # (S, vocabulary), (S,)
     def validate(self, parts):
         """Mean loss of all answers' tokens; their share of right answers is eval.py's."""
@@ -492,9 +492,9 @@ def train(config, ranks):
     local, micro, accumulate = split_batch(config, ranks)
     folder = out / ("mllm" if config.phase else "ar")                         # phase is "" for --task generate alone
     path, sft_follows = folder / f"{config.phase or 'state'}.pt", config.phase == "pretrain" and "phase" not in config.given
+    folder.mkdir(parents=True, exist_ok=True)
     resumed = open_run(path, config, ranks)
     first_step = resumed["step"] if resumed else 0
-    folder.mkdir(parents=True, exist_ok=True)
     task = (Understand if config.phase else Generate)(config, ranks, folder, resumed)
     task.val_at = range(VALIDATION, VALIDATION + config.val_images) if task.val is None else range(min(config.val_images, len(task.val)))
     task.net.to(device, torch.float64 if config.precision == "float64" else None).train()

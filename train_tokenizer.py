@@ -4,7 +4,7 @@ Train the VQRAE tokenizer: the paper's two stages, and before them a stage 0 for
     python train_tokenizer.py                       tiny: pretrain a small VFM on drawn shapes, then stage 1. CPU, no download
     python train_tokenizer.py --stage 2             everything, with self-distillation
     torchrun --nproc_per_node=8 train_tokenizer.py --config siglip2_256 --data 'shards-{000..127}.tar'
-    ... --resume                                    go on after a stop (bit for bit on a CPU)
+    ... --resume                                    go on after a stop (on a CPU bit-identical to never having stopped)
     ... --quantizer none                            the RAE baseline; every field of TrainConfig and of VQRAEConfig is a flag
 
     stage 0   a stand-in for SigLIP2: the tiny encoder learns captions and objects      -> stage0.pt
@@ -39,7 +39,7 @@ class TrainConfig:
     data: str = "shapes"                  # shapes, a folder of images, or 'shards-{000..127}.tar'
     val_data: str = ""                    # the same for validation; "": every 20th image, held out; shapes: pictures never trained on
     out_dir: str = ""                     # the run's folder; "": out/CONFIG
-    init_from: str = ""                   # a run to take the earlier stages from; "": out_dir; none: stage 2 from the VFM itself, without stage 1
+    init_from: str = ""                   # the run whose earlier stages this one starts from; "": out_dir; none: stage 2 without a stage 1
     resume: bool = False                  # go on from this stage's last checkpoint
     overwrite: bool = False               # start over although this stage has a checkpoint
     device: str = ""                      # cuda, mps or cpu; "": the first of them that is there
@@ -89,12 +89,12 @@ class TrainConfig:
         check_run(self, ema_decay=0, disc_width=1, encoder_lr=0, disc_lr=0, distill_weight=0, disc_weight=0, stage0_steps=1)
 
 PRESETS = {
-    # What stage 2 changes: the encoder moves, slowly and on a leash; a discriminator comes in late.
+    # What stage 2 changes: the encoder learns too, slowly and held by distillation; a discriminator joins late.
     "stage 2": dict(encoder_lr=1e-5, lr=1e-4, end_lr=1e-5, distill_weight=1.0, disc_start=50_000, total_steps=70_000),                # [T7]
     "config internvit_448": dict(batch_size=768, total_steps=45_000),                                                                 # [T7]
     "config internvit_448, stage 2": dict(disc_start=30_000, total_steps=60_000),                                                     # [T7]
     "config siglip2_base_256": dict(batch_size=256, micro_batch=32),                                                                  # [ours]
-    # A world of minutes, not days: everything shorter, rates higher, the same losses at other weights, and a perceptual one without download.
+    # The drawn world takes minutes, not days: fewer steps, higher rates, other weights, and a perceptual loss without download.
     "config tiny": dict(batch_size=16, total_steps=1100, lr=2e-3, end_lr=1e-4, warmup_steps=50, beta2=0.95, precision="float32",      # [ours]
                  num_workers=0, perceptual="vfm", perceptual_weight=0.005, disc_width=16, log_every=20, eval_every=300, save_every=300),
     "config tiny, stage 2": dict(total_steps=1150, encoder_lr=1e-3, distill_weight=0.05, disc_start=1090, disc_weight=0.001),         # [ours]
@@ -103,8 +103,8 @@ PRESETS = {
 CARRIED = {f.name for f in (*fields(TrainConfig), *fields(VQRAEConfig))} - {                   # by the next stage: all but what is a stage's own
     "stage", "init_from", "resume", "overwrite", "bench", "profile", "stage0_steps", *PRESETS["stage 2"]}
 
-# ---- Data. Everything is a function of (seed, position): position 0, 1, 2, ... counts the images a run has seen, so that any
-# number of ranks and workers, and a resumed run, see the same images in the same order with the same crops.
+# ---- Data. Everything is a function of (seed, position). Position 0, 1, 2, ... counts the images that a run has seen: any number of
+# ranks and workers, and a resumed run, see the same images in the same order with the same crops.
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 def decode(data):
@@ -130,7 +130,7 @@ def shuffle(n, seed): return torch.randperm(n, generator=torch.Generator().manua
 def shuffled(position, n, seed): return int(shuffle(n, seed + position // n)[position % n])       # each of n once an epoch, in another order in each
 
 class Images(torch.utils.data.Dataset):
-    """Images of a folder or of tar shards by position, `size` pixels a side, with caption and class. Unreadable ones are stepped over.
+    """Images of a folder or of tar shards by position, with caption and class, as squares of `size` pixels. Unreadable ones are skipped.
     part: "train" is all but every 20th, "val" those. folder: where the shards' index goes; where pictures of a JSON (train_ar.Conversations) lie."""
     def __init__(self, source, size, seed=0, in_order=False, random_crop=False, random_flip=False, part="all", folder="out"):
         self.source, self.size, self.seed, self.in_order, self.random_crop, self.random_flip = source, size, seed, in_order, random_crop, random_flip
@@ -222,7 +222,7 @@ class Shards:
         path, key = self.paths[shard], key.decode("utf-8", "replace")
         return dict(name=f"{path}:{key}", image=(path, at, size), text=(path, text_at, text_size) if text_size else "", label=Path(key).parent.name)
 
-note = functools.cache(tqdm.write)                # writes each note once
+note = functools.cache(tqdm.write)                # writes a text once, however often it is called with it
 def batches(dataset, size, positions, batch, num_workers=0, device="cpu"):
     """Yield dicts of image (batch, 3, size, size) float in [0, 1] on `device` and text for `positions` in turn; of files also label
     and name, of shapes their scene. Unreadable files are named once, and kept in dataset.skipped."""
@@ -240,7 +240,7 @@ def batches(dataset, size, positions, batch, num_workers=0, device="cpu"):
         yield item | dict(image=item["image"].to(device, non_blocking=loader.pin_memory).float().div_(255))        # bytes until here
 
 # ---- Stage 0 (ours; only where encoder_weights is "stage0"): a small ViT learns in a minute what SigLIP2 learns: captions, by SigLIP's sigmoid
-# loss, and what is where. No pixel loss: like any semantic encoder it may forget tints and shades, and stage 2 has something to win back.
+# loss, and what is where. It has no pixel loss: like any semantic encoder it may forget tints and shades, which stage 2 can then win back.
 class Pretrainer(nn.Module):
     def __init__(self, encoder, dim, width=128, words=8192):
         super().__init__()
@@ -379,7 +379,7 @@ def train(config, model_config, ranks):
     torch.manual_seed(config.seed)
     model, teacher = starting_point(config, model_config, ranks, resumed, source)
     if perceptual: perceptual.vfm = teacher
-    torch.manual_seed(config.seed)                                            # the same from here on, whether stage 0 ran just now or not
+    torch.manual_seed(config.seed)                                            # again: the same whether stage 0 ran just now or not
     discriminator = Discriminator(config.disc_width) if config.disc_start >= 0 else None
     frozen = config.encoder_lr == 0
     dtype = torch.float64 if config.precision == "float64" else None          # None: as it is
@@ -562,8 +562,8 @@ def plan(index, task=None):
     u = hashed(index, 48)
     task = MIX[(u[:, 0] * len(MIX)).long()] if task is None else torch.as_tensor(task).expand_as(index)
     count = torch.tensor([1, 2, 2, 1, 2, 2, 3])[task] + (u[:, 1] * torch.tensor([1, 1, 3, 1, 1, 1, 2])[task]).long()     # at least, and how many more
-    different = u[:, 2:8].argsort(1)[:, :4], u[:, 8:16].argsort(1)[:, :4]     # shapes and colors: all different in a picture
-    shape, color = (torch.where((task == 2)[:, None], kind[:, :1], kind) for kind in different)   # but for counting, and a HELD_OUT pair's color
+    shape, color = u[:, 2:8].argsort(1)[:, :4], u[:, 8:16].argsort(1)[:, :4]  # (B, 4) each: all different in a picture,
+    shape, color = (torch.where((task == 2)[:, None], kind[:, :1], kind) for kind in (shape, color))          # but all alike for counting
     color = torch.where((index < VALIDATION)[:, None] & HELD_OUT[shape, color], (color + 1) % 8, color)      # no HELD_OUT pair in training
     relation = (u[:, 1] * 4).long()
     cells = u[:, 16:20].argsort(1)                                            # quadrants: 0 1 over 2 3,

@@ -16,7 +16,7 @@ VQRAE: one tokenizer, two outputs. (CVPR 2026, "Representation Quantization Auto
 VQRAEConfig names the sizes: p patch_size, d dim, k codebook_size, e codebook_dim, q, beta; TrainConfig lambda_G disc_weight, lambda_d distill_weight.
 Losses: L_quant (eq. 3): SimVQ; L_P (eq. 2): PerceptualLoss; L_G (eq. 2): -mean Discriminator(X'); its own: hinge_d_loss, lecam; L_distill (eq. 5).
 """
-import argparse, contextlib, dataclasses, datetime, inspect, io, json, math, os, re, resource, shlex, shutil, signal, sys, time, warnings, zipfile
+import argparse, contextlib, dataclasses, datetime, fcntl, inspect, io, json, math, os, re, resource, shlex, shutil, signal, sys, time, warnings, zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -36,7 +36,7 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def explained(message, *kinds):
-    """Inside, errors of these kinds (default: all) become a UserError: `message`, and the first words of what happened."""
+    """Errors inside the `with` block, of these kinds (none given: all), become a UserError: `message`, then the error's own first words."""
     try:
         yield
     except kinds or Exception as error:
@@ -89,8 +89,8 @@ def create_vit(config, **changes):
         return timm.create_model(config.encoder, num_classes=0, global_pool="", **kwargs)
 
 class Encoder(nn.Module):
-    """The vision foundation model E (section 3.2): images (B, 3, h, w) in [0, 1] -> Z_I (B, N, d), which an MLLM reads: the last block's
-    output *before* a final norm (transformers' hidden_states[-1], LLaVA's layer -1; SigLIP has a norm after it, InternViT none)."""
+    """The vision foundation model E (section 3.2): images (B, 3, h, w) in [0, 1] -> Z_I (B, N, d). Z_I is the last block's output *before* a final
+    norm, which is what an MLLM reads (transformers' hidden_states[-1]). SigLIP has a norm after it, InternViT none."""
     def __init__(self, config, encoder_weights=""):                           # "": random; hub or a file as in load_encoder_weights
         super().__init__()
         self.vit = create_vit(config, final_norm=False)
@@ -108,13 +108,13 @@ def to_timm_keys(state):
     """A ViT's state dict with timm's or transformers' key names (SiglipVisionModel, InternVLVisionModel, alone or as an
     MLLM's vision_tower) -> timm's names. transformers keeps q, k and v apart; timm stacks them."""
     for prefix in ("model.vision_tower.", "vision_tower.", "vision_model."):  # in this order: they nest
-        state = {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)} or state
+        state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)} or state
     out = {timm_key(key): value[None] if key.endswith("position_embedding.weight") else value for key, value in state.items()}
     for key in [key for key in out if ".q_proj." in key]:
         out[key.replace("q_proj", "qkv")] = torch.cat([out.pop(key.replace("q_proj", f"{letter}_proj")) for letter in "qkv"])
     return out
 def timm_key(key):
-    """A weight's name in transformers' vision towers -> in timm's ViT, whose own names stay; q_proj, k_proj and v_proj stay apart."""
+    """The name of a weight in transformers' vision towers -> its name in timm's ViT; timm's own names pass through unchanged."""
     renames = ((r"embeddings\.patch_embedding(s\.projection)?", "patch_embed.proj"), (r"embeddings\.position_embedding(s|\.weight)", "pos_embed"),
                (r"embeddings\.cls_token", "cls_token"), (r"encoder\.layers?\.", "blocks."), (r"lambda_([12])", r"ls\1.gamma"),
                ("layernorm_before", "norm1"), ("layernorm_after", "norm2"), ("post_layernorm|layer_norm", "norm"),
@@ -123,7 +123,7 @@ def timm_key(key):
     return key
 
 def hub_file(repo, name, remedy="pass --encoder_weights FILE"):
-    """A file of a hub repository: from the cache, else downloaded. No network: fails in seconds, where the hub's retries take a minute."""
+    """A file of a hub repository: from the cache, else downloaded. Without network it fails in seconds, where the hub would retry for a minute."""
     with contextlib.suppress(FileNotFoundError): return hf_hub_download(repo, name, local_files_only=True)     # else it is not in the cache
     url = hf_hub_url(repo, name)
     with explained(f"cannot get {url}: fetch it where there is a network, then {remedy}"): get_hf_file_metadata(url, timeout=3)
@@ -138,12 +138,12 @@ def weights_file(encoder, source):
     raise UserError(f"no file {path} of encoder weights: put it there, or give --encoder_weights FILE, hub (if timm has them there) or random")
 
 def load_encoder_weights(encoder, source):
-    """Fill `encoder` from "hub" or a file. Every key must fit, but for pooling head and norm past the tap: a partial load looks fine and is not."""
+    """Fill `encoder` from "hub" or a file. Every weight must be there and fit, for a partial load would go unnoticed."""
     path, vit = weights_file(encoder, source), encoder.vit
     with explained(f"{path} cannot be read, or does not fit the encoder {vit.pretrained_cfg['architecture']}"):
         state = load_file(path) if str(path).endswith(".safetensors") else load_checkpoint(path)
-        state = {key: value for key, value in to_timm_keys(state.get("encoder", state)).items()
-                 if not key.startswith(("attn_pool.", "head.", "norm.", "fc_norm."))}
+        after_Z_I = ("attn_pool.", "head.", "norm.", "fc_norm.")              # pooling head and final norm, which we do not use
+        state = {key: value for key, value in to_timm_keys(state.get("encoder", state)).items() if not key.startswith(after_Z_I)}
         if "pos_embed" in state and state["pos_embed"].shape != vit.pos_embed.shape:  # another image size
             old = state["pos_embed"]                                          # (1, patches, d), or with the class token's
             prefix = 0 if math.isqrt(old.shape[1]) ** 2 == old.shape[1] else vit.num_prefix_tokens
@@ -151,7 +151,7 @@ def load_encoder_weights(encoder, source):
         vit.load_state_dict(state, strict=True)
 
 # ---- Quantiser ------------------------------------------------------------------------------------------------------
-def full(x): return x if x.dtype == torch.float64 else x.float()              # autocast's bfloat16 -> float32; float64 (--precision) stays
+def full(x): return x if x.dtype == torch.float64 else x.float()              # float32 after autocast; float64 (--precision) stays
 def no_autocast(x): return contextlib.nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
 def has_bf16(device):                             # does it multiply bfloat16 matrices faster than float32 ones?
     if device.type == "cpu": return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -185,8 +185,8 @@ def nearest(z, codes, max_elements=1 << 23, candidates=24):
     return torch.cat([search(rows) for rows in z.split(max(1, max_elements // max(len(codes), candidates * codes.shape[1])))])
 
 class SimVQ(nn.Module):
-    """SimVQ (Zhu et al. 2024), eq. 1: the codes are C W with C frozen and only W learned, so that one used code moves all of them and none
-    is left behind to die. forward's z_q has exactly the codes' values, and hands its gradient straight to z."""
+    """SimVQ (Zhu et al. 2024), eq. 1: the codes are C W. C is frozen and only W learned, so one used code moves all of them, and none is left
+    behind. forward's z_q has exactly the codes' values, and hands its gradient straight to z."""
     def __init__(self, codebook_size, codebook_dim, beta=0.25):
         super().__init__()
         self.beta = beta
@@ -224,8 +224,8 @@ class SimVQ(nn.Module):
 
 # ---- Decoder --------------------------------------------------------------------------------------------------------
 class Decoder(nn.Module):
-    """The encoder's mirror D: Z_bot (B, N, d) -> X' (B, 3, grid q, grid q), about [0, 1], not clamped. The same timm
-    architecture created a second time with patch size 1 on a "picture" of d channels and one pixel a token."""
+    """The encoder's mirror D: Z_bot (B, N, d) -> X' (B, 3, grid q, grid q), about [0, 1], not clamped. It is the
+    same timm architecture with patch size 1: its input "picture" has d channels and one pixel a token."""
     def __init__(self, config):
         super().__init__()
         self.grid, self.q = config.grid, config.q or config.patch_size
@@ -305,7 +305,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         if self.quantizer is None: raise UserError("a tokenizer with quantizer none (RAE) has no tokens to decode")
         return self.decoder(self.from_code(self.quantizer.lookup(indices)))   # X' (B, 3, H, W)
 
-# ---- Losses: means over elements, in float32; the networks of some in --loss_precision. -----------------------------------------------------------
+# ---- Losses: means over elements, in float32; the perceptual networks and the discriminator run in --loss_precision -------------------------
 def distill_loss(Z_I, teacher_Z_I):
     """Eq. 5: keeps the continuous features where an MLLM expects them. (B, N, d), (B, N, d) -> scalar."""
     return F.mse_loss(full(Z_I), full(teacher_Z_I))
@@ -353,7 +353,7 @@ class PerceptualLoss(nn.Module):
             loss = loss + 0.1 * F.mse_loss(*(self.convnext((i - self.mean) / self.std) for i in (x, y)))          # logits (B, 1000)
         return loss
 
-def group_norm(x, norm):                          # nn.GroupNorm's result, but each channel is averaged first: compiled, fast in channels-last
+def group_norm(x, norm):                          # nn.GroupNorm, but channel by channel first: faster when compiled in channels-last
     groups = full(x).unflatten(1, (norm.num_groups, -1))                      # (B, G, C / G, H, W)
     groups = groups - groups.mean((3, 4), keepdim=True).mean(2, keepdim=True)
     groups = groups * (groups.square().mean((3, 4), keepdim=True).mean(2, keepdim=True) + norm.eps).rsqrt()
@@ -401,7 +401,6 @@ def save_tokenizer(model, folder, teacher=None):
         if teacher: save_file({key: value.contiguous() for key, value in teacher.vit.state_dict().items()}, partial / "teacher.safetensors")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-
 def load_tokenizer(folder, device="cpu"):
     """A saved tokenizer, in eval mode. Downloads nothing."""
     if not all(Path(folder, name).is_file() for name in ("config.json", "model.safetensors")):
@@ -419,7 +418,6 @@ def save_checkpoint(path, state):
             os.fsync(file.fileno())
             os.replace(partial, path)
     finally: partial.unlink(missing_ok=True)
-
 def load_checkpoint(path, *keys):
     """Tensors, numbers and dicts only: a pickle that would run code is refused, not run. So is what lacks one of the `keys`."""
     if not Path(path).is_file(): raise UserError(f"no file {path}")
@@ -448,7 +446,7 @@ def compile_parts(*networks):
 
 def uniform(seed, n): return torch.rand(n, generator=torch.Generator().manual_seed(seed % 2 ** 63))      # n numbers in [0, 1), the same for a seed
 def lr_factor(step, warmup, total, floor):
-    """Linear warmup to 1, cosine to `floor`; a floor above 1 counts as 1: no rate rises again."""
+    """Linear warmup to 1, then cosine to `floor`, which counts as 1 if above: no rate rises again."""
     progress, floor = min(1.0, (step - warmup) / max(1, total - warmup)), min(1.0, floor)
     return (step + 1) / warmup if step < warmup else floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -456,13 +454,13 @@ def ignore_signals(_):                            # torchrun and Ctrl-C signal a
     for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, signal.SIG_IGN)
 
 def parse_config(cls, presets={}, model_class=None, argv=None, **implied):
-    """Dataclass fields -> flags, their comments the help, Literals the choices -> (config, model config or None, {field: origin of its value}).
-    presets: {"config tiny, stage 2": values where these flags are so}. model_class: a second one, its defaults in MODELS. implied: more defaults."""
+    """The command line -> config, model config (None without a model_class), {field: where its value comes from}. Each field is a flag, its comment
+    the help, its Literal the choices. presets: {"config tiny, stage 2": values where these flags are so}. implied: more defaults."""
     classes = list(filter(None, (cls, model_class)))
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", "".join(inspect.getsource(c) for c in classes), re.M))
     parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS, prog=Path(sys.argv[0]).name)
     def refuse(message): raise UserError(f"{message} (--help lists every flag; a value with braces or spaces wants quotes)")    # no page of usage
-    def JSON(text): return json.loads(text)                                   # the name is what argparse calls a value that is none
+    def JSON(text): return json.loads(text)                                   # by this name argparse says "invalid JSON value"
     parser.error = refuse
     kinds = {bool: dict(action=argparse.BooleanOptionalAction), dict: dict(type=JSON, metavar="JSON"),
              list: dict(action="append", metavar="TEXT"), tuple: dict(nargs="*")}     # a flag to repeat, and words without a flag
@@ -500,11 +498,11 @@ class Ranks:
         if device == "cuda": device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         with explained(f"--device {device} cannot be used here"): self.device = torch.empty(1, device=device).device
         if self.device.type == "cuda": torch.cuda.set_device(self.device)
-        torch.backends.cudnn.allow_tf32 = False                               # torch's default for convolutions would make other codes
+        torch.backends.cudnn.allow_tf32 = False                               # by default convolutions would use it, and choose other codes
         if "RANK" in os.environ and not dist.is_initialized():                # hours: rank 0 validates and saves alone
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))
     def begin(self, old):
-        """From now on no --resume finds the `old` checkpoints, and SIGTERM and Ctrl-C ask for a stop between two steps; a second stops at once."""
+        """Delete the `old` checkpoints. From now on SIGTERM and Ctrl-C ask for a stop between two steps; a second one stops at once."""
         for path in old: path.unlink(missing_ok=True)
         def ask(number, _):
             self.stop_asked = number
@@ -519,7 +517,7 @@ class Ranks:
         total = tensor.to(self.device, copy=True)                             # nccl knows no CPU tensors
         dist.all_reduce(total)
         return total.to(tensor.device)
-    def mean_with_grad(self, tensor):                                         # over ranks; the gradient is this rank's: DDP averages those
+    def mean_with_grad(self, tensor):                                         # over ranks; its gradient is this rank's alone: DDP averages those
         return tensor + (self.sum(tensor.detach()) / self.size - tensor.detach())
     @contextlib.contextmanager
     def first_alone(self):
@@ -544,8 +542,8 @@ class Log:
     def __call__(self, **values): print(json.dumps(values), file=self.file)
 
 def bench(config, ranks, parts={}, steps=1, unit="images"):
-    """--bench N: how fast is a step? A generator to ask as each begins (or each time `steps` begin): False, until N times are over; then it prints
-    what they took. The first is counted, uncompiled, by torch's FlopCounterMode, attention as it is written here; two more warm up."""
+    """--bench N: how fast is a step? Ask next() of this generator before each step (or before each `steps` of them). It says False 3 + N times: the
+    first step, uncompiled, is for counting FLOP, two are to warm up, N are timed. Then it prints the result and says True."""
     cuda, table = ranks.device.type == "cuda", parts and config.profile and torch.profiler.profile()
     for name, part in parts.items() if table else ():                         # {name: network or None} that are called: to name their forward passes
         if part: part.forward = torch.profiler.record_function(f"forward of {name}")(part.forward)
@@ -554,7 +552,7 @@ def bench(config, ranks, parts={}, steps=1, unit="images"):
         attention[getattr(aten, f"_scaled_dot_product_{kind}")] = lambda q, k, *_, **__: 2 * product(q, k)
         attention[getattr(aten, f"_scaled_dot_product_{kind}_backward")] = lambda _, q, k, *__, **___: 5 * product(q, k)
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False, custom_mapping=attention) as counter: yield False
-    yield from [False, False]                                                 # the warm-up
+    for _ in range(2): yield False                                            # the warm-up
     if cuda: torch.cuda.synchronize(), torch.cuda.reset_peak_memory_stats()
     with table or contextlib.nullcontext():
         start = time.time()
@@ -579,13 +577,16 @@ def check_run(config, **least):                                               # 
     if config.profile and not config.bench: raise UserError("--profile goes with --bench N")
     if config.resume and config.overwrite: raise UserError("--resume goes on and --overwrite starts over: choose one")
     if config.bench: config.total_steps = config.eval_every = config.save_every = config.bench + 4        # nothing else falls due before its end
-
-def check_same(there, here, what):                                            # two {name: value}; what `here` has counts
+def check_same(there, here, what):                                            # two {name: value}: what `here` has must be so `there`
     differ = [f"{name} is {there.get(name)} there, {value} here" for name, value in here.items() if there.get(name) != value]
     if differ: raise UserError(f"{what}: {', '.join(differ)}")
 
 def open_run(path, config, ranks):
-    """The checkpoint to go on from, or None to start; refuses to start over a finished or unfinished run by accident."""
+    """The checkpoint to go on from, or None to start; refuses to start over a finished or unfinished run by accident, or beside a living one."""
+    if ranks.first and not config.bench:
+        ranks.lock = open(path.with_suffix(".lock"), "w")                     # locked until this process ends, where the file system can
+        with contextlib.suppress(OSError), explained(f"another run is writing {path}: wait for it, or choose another --out_dir", BlockingIOError):
+            fcntl.lockf(ranks.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     if config.resume and not config.bench:
         if not path.exists(): raise UserError(f"nothing to resume: {path} is not there; leave --resume out to start")
         saved = load_checkpoint(path, "step", "optimizer", "config")
@@ -596,7 +597,6 @@ def open_run(path, config, ranks):
         return saved
     if path.exists() and not (config.overwrite or config.bench):
         raise UserError(f"{path} exists: --resume goes on from it, --overwrite starts over, --out_dir puts the new run elsewhere")
-
 def split_batch(config, ranks):
     """The global batch as (images a rank a step, images a rank at a time, accumulation steps)."""
     local = config.batch_size // ranks.size
