@@ -8,7 +8,7 @@ How good is a tokenizer? Every number with its protocol.
     python eval.py --curves                            the logs of a run as curves.png
     python eval.py --generation                        pictures that train_ar.py's generator draws on demand -> geneval in eval.json
 """
-import collections, contextlib, itertools, json, math, time
+import collections, contextlib, itertools, json, math, os, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -65,7 +65,6 @@ def moments(features):
     """(B, f) -> (f + 2, f) float64, whose sum over all images gives their count, mean and covariance, however many there are."""
     f = features.cpu().double()
     return torch.cat([f.T @ f, f.sum(0)[None], torch.full_like(f[:1], len(f))])
-
 def frechet(*sides):
     """Two sums of moments -> |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), with the sample covariances."""
     (m1, c1), (m2, c2) = ((s[-2] / s[-1], (s[:-2] - s[-2, :, None] * s[-2] / s[-1]) / (s[-1] - 1)) for s in sides)
@@ -133,7 +132,6 @@ def knn(train, train_labels, test, test_labels, k=20):
         votes = torch.zeros(len(part), int(train_labels.max()) + 1).scatter_add(1, train_labels[index], (weight / 0.07).exp())
         right += (votes.argmax(1) == labels).sum().item()
     return right / len(test)
-
 def probe(train, train_labels, test, test_labels, steps=100, decay=1e-3):
     """Top-1 accuracy of a multinomial logistic regression on standardised features, L-BFGS."""
     mean, std = train.mean(0), train.std(0) + 1e-6
@@ -276,8 +274,8 @@ def code_meanings(model, device, pictures=2048):
     Not Z_bot, which no loss ties to Z_I: the decoder reads it, in a space of its own."""
     sums = torch.zeros(model.config.codebook_size, model.config.dim + 1, device=device)                   # and how many
     for part in torch.arange(pictures).split(64):
-        result = model(resize(render(plan(part)), model.config.image_size).to(device))
-        sums.index_add_(0, result.indices.flatten(), F.pad(result.Z_I, (0, 1), value=1).flatten(0, 1))    # (B N,), (B N, d + 1)
+        Z_I = model.encode(resize(render(plan(part)), model.config.image_size).to(device))                # (B, N, d)
+        sums.index_add_(0, model.quantizer(model.to_code(Z_I))[1].flatten(), F.pad(Z_I, (0, 1), value=1).flatten(0, 1))   # (B N,), (B N, d + 1)
     return sums[:, :-1] / sums[:, -1:].clamp(min=1)
 
 @torch.no_grad()
@@ -364,6 +362,7 @@ def main():
     ranks, out = Ranks(config.device), Path(config.out_dir)
     if ranks.first: print_config(origin, config)
     out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK): raise UserError(f"--out_dir {out} cannot be written to")
     if (config.generation or config.vqa or config.curves) and not ranks.first: return
     if config.curves: return draw_curves(out)
     task, load = (generation, load_generator) if config.generation else (vqa, load_mllm) if config.vqa else (evaluate, lambda _, f: load_tokenizer(f))

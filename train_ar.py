@@ -174,7 +174,6 @@ def layout(text_tokenizer, visual, texts, codes=None):
     rows = [ids[:visual["max_length"] - visual["tokens"] - 2] + [visual["boi"]] for ids in encoded]
     if codes is None: return pad_ids(rows)
     return pad_ids([row + picture + [visual["eoi"]] for row, picture in zip(rows, (codes + visual["offset"]).tolist())], "right")
-
 def visual_logits(lm, hidden):                                                # (..., hidden)
     """Logits of the k codes alone (..., k), in training as in sampling: a picture has no other token, and Qwen3's 151936 cost ten times as much."""
     return F.linear(hidden, lm.get_output_embeddings().weight[lm.config.visual["offset"]:][:lm.config.visual["codes"]])
@@ -295,7 +294,8 @@ class Conversations(Images):
             with explained(f"{file}, conversation {number} (from 0): not LLaVA's JSON, image and conversations, human and gpt in turn"):
                 if "image" not in row: continue
                 turns = [(q["value"].strip(), a["value"].strip()) for q, a in zip(row["conversations"][::2], row["conversations"][1::2], strict=True)]
-                if any(q.get("from") == "gpt" for q in row["conversations"][::2]): raise ValueError("gpt speaks first, or twice")
+                who = [turn.get("from") for turn in row["conversations"]]
+                if "gpt" in who[::2] or "human" in who[1::2]: raise ValueError("they do not take turns")
                 marks = sum(question.count("<image>") for question, _ in turns)
                 if marks != 1: raise ValueError(f"<image> must stand in its questions exactly once, not {marks} times")
                 records.append(dict(name=folder / row["image"], turns=turns))
@@ -384,8 +384,8 @@ class Generate:
         if config.lm != "random":                                             # before the codes, which may take hours: a wrong --lm fails at once
             self.lm, self.text_tokenizer = build_lm(config, [])
             if self.lm.config.model_type != "qwen3": raise UserError(f"--lm {config.lm} is no Qwen3, which --task generate is made for")
+        self.val = open_codes(config.val_data or config.data, "val", config, self.tokenizer, self.which, ranks)         # few: a refusal comes early
         self.data = open_codes(config.data, "train", config, self.tokenizer, self.which, ranks)
-        self.val = open_codes(config.val_data or config.data, "val", config, self.tokenizer, self.which, ranks)
         if config.lm == "random":
             texts = captions(plan(torch.arange(10_000))) if self.data is None else self.fetch(range(len(self.data)))[1]
             self.lm, self.text_tokenizer = build_lm(config, texts)
@@ -476,8 +476,8 @@ class Understand:
         sft = dict(task="understand", phase="sft", overwrite=(Path(self.config.out_dir) / "mllm/sft.pt").exists())
         if self.config.phase == "pretrain": return next_command("train_ar.py", self.config, CARRIED, **sft)
         if self.val is None: return next_command("eval.py", self.config, SHARED - {"tokenizer"}, vqa=True) + f" {shlex.quote(self.config.tokenizer)}"
-        record = self.data.record(0)                                          # a small LM knows its words
-        return next_command("sample.py", self.config, SHARED, image=record["name"], ask=record["turns"][0][0].replace("<image>", "").strip())
+        ask = self.data.record(0)["turns"][0][0].replace("<image>", "").strip() or "what?"        # a small LM knows its words
+        return next_command("sample.py", self.config, SHARED, image=self.data.record(0)["name"], ask=ask)
 
 def send(message, src_rank, group, device):
     """Send ZeRO's moments from one rank to all; the first saves them. Replaces torch's own function, which takes a minute a gigabyte."""

@@ -49,7 +49,7 @@ class TrainConfig:
     loss_precision: Literal["bf16", "float32"] = "float32"  # [TiTok] of the perceptual networks and the discriminator; bf16 is faster on a GPU
     compile: bool = False                 # torch.compile, block by block: a minute or two first, then faster steps on a GPU
     checkpointing: bool = False           # recompute activations in the backward pass: less memory, more time
-    tf32: bool = False                    # float32 products in TensorFloat-32 on a GPU, the code search included
+    tf32: bool = False                    # float32 products in TensorFloat-32 on a GPU, those of the code search included
     seed: int = 0                         # of weights, files' order and crops
     log_every: int = 50                   # [ours] steps
     eval_every: int = 5000                # [ours] validation PSNR and a grid
@@ -124,7 +124,6 @@ def crop(image, size, u=(0.5, 0.5, 1.0), flip=False):
     left, top = (round(at * ((n - side) * size // side)) * side / size for n, at in zip(image.size, u))
     image = TF.pil_to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side)))
     return image.flip(-1) if flip and u[2] < 0.5 else image
-
 @functools.lru_cache(maxsize=2)
 def shuffle(n, seed): return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 def shuffled(position, n, seed): return int(shuffle(n, seed + position // n)[position % n])       # each of n once an epoch, in another order in each
@@ -490,9 +489,7 @@ def train(config, model_config, ranks):
             bar.set_postfix_str(f"loss {logged['loss']:.4f}, PSNR {-10 * math.log10(logged['l2']):.1f}, {shown}{rate:.0f} images/s")
             if ranks.first and codes and usage < 0.1 and step > config.warmup_steps:
                 note("warning: under 10% of the codes are in use. Try more --warmup_steps or a lower --lr")
-    if stop and not last:
-        ranks.say(f"stopped at step {step}, all saved. Go on with: {next_command(sys.argv[0], config, resume=True)}")
-        if ranks.stop_asked == signal.SIGINT: sys.exit(130)                   # Ctrl-C stops `this && the next` too
+    if stop and not last: ranks.say(f"stopped at step {step}, all saved. Go on with: {next_command(sys.argv[0], config, resume=True)}")
     elif ranks.first:                                                         # save the tokenizer, tell what came of it and what comes next
         folder, newest = out / f"tokenizer-stage{config.stage}", out / "tokenizer"
         save_tokenizer(ema.float(), folder, None if model_config.encoder_weights == "hub" else teacher)
@@ -506,6 +503,7 @@ def train(config, model_config, ranks):
         if config.stage == 1: print("\nNext:", next_command("train_tokenizer.py", config, CARRIED, stage=2, overwrite=(out / "stage2.pt").exists()))
         else: print("\nNext:", next_command("eval.py", config, {"device", "lpips_weights"}, data=val_source, out_dir=out, part=hold_out and "val"))
     ranks.wait()
+    if stop and not last and ranks.stop_asked == signal.SIGINT: sys.exit(130)  # Ctrl-C stops `this && the next` too
 
 def main():
     config, model_config, origin = parse_config(TrainConfig, PRESETS, VQRAEConfig)

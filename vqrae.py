@@ -16,8 +16,8 @@ VQRAE: one tokenizer, two outputs. (CVPR 2026, "Representation Quantization Auto
 VQRAEConfig names the sizes: p patch_size, d dim, k codebook_size, e codebook_dim, q, beta; TrainConfig lambda_G disc_weight, lambda_d distill_weight.
 Losses: L_quant (eq. 3): SimVQ; L_P (eq. 2): PerceptualLoss; L_G (eq. 2): -mean Discriminator(X'); its own: hinge_d_loss, lecam; L_distill (eq. 5).
 """
-import argparse, contextlib, dataclasses, datetime, fcntl, inspect, io, json, math, os, re, resource, shlex, shutil, signal, sys, time, warnings, zipfile
-from dataclasses import dataclass, field
+import argparse, contextlib, datetime, fcntl, inspect, io, json, math, os, re, resource, shlex, shutil, signal, sys, time, warnings, zipfile
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -166,23 +166,26 @@ def nearest(z, codes, max_elements=1 << 23, candidates=24):
     mean = codes.mean(0)                                                      # (e,)
     code_slices = codes.split(max(1, max_elements // 8 // codes.shape[1]))    # slices: never a copy of all codes
     half_norms = torch.cat([(c - mean).square().sum(1) for c in code_slices]) / 2             # (k,)
+    z_slices = z.split(max(1, max_elements // len(codes)))                    # (m, e) each
     if z.dtype != torch.float32 or codes.numel() < 1 << 22 or not has_bf16(z.device):
-        z_slices = z.split(max(1, max_elements // len(codes)))                # (m, e) each
         return torch.cat([torch.addmm(half_norms, rows - mean, codes.T, alpha=-1).argmin(1) for rows in z_slices])
-
-    # bfloat16 has 8 bits, and products may be a hundred times the distances to be told apart. So the product itself adds both half squares, each
-    # as two numbers of bfloat16 beside the vectors: its results are the distances. Zeros keep rows in a width that GPUs like.
+    # bfloat16 has 8 bits, and its products may be a hundred times the differences to be told apart. So the product itself adds each code's half
+    # norm and takes away the best score among every 256th code, each as two numbers beside the vectors. Zeros make a width that GPUs like.
     def two(x): return torch.stack([x.bfloat16(), (x - x.bfloat16()).bfloat16()], 1)          # (n,) -> (n, 2), whose sum is x
     def low(x, a, b): return F.pad(torch.cat([x.bfloat16(), a, b], 1), (0, 4))                # (n, e), (n, 2) twice -> (n, e + 8)
     def ones(x): return x.new_ones(len(x), 2, dtype=torch.bfloat16)
     low_codes = torch.cat([low(mean - c, two(h), ones(c)) for c, h in zip(code_slices, half_norms.split(len(code_slices[0])))])     # (k, e + 8)
     def search(rows):                                                         # (m, e) -> (m,)
         x = rows - mean
-        rough = low(x, ones(x), two(x.square().sum(1) / 2)) @ low_codes.T     # (m, k), |z - c|^2 / 2
-        best = rough.topk(candidates, largest=False).indices                  # (m, candidates)
-        exact = torch.cdist(rows[:, None], codes[best])[:, 0]                 # (m, candidates)
-        return best.gather(1, exact.argmin(1, keepdim=True))[:, 0]
-    return torch.cat([search(rows) for rows in z.split(max(1, max_elements // max(len(codes), candidates * codes.shape[1])))])
+        some = torch.addmm(half_norms[::256], x, (codes[::256] - mean).T, alpha=-1).amin(1)   # (m,)
+        best = (low(x, ones(x), two(-some)) @ low_codes.T).topk(min(candidates, len(codes)), largest=False).indices      # (m, candidates)
+        n = max(1, max_elements // 8 // candidates // codes.shape[1])         # rows whose candidates are copied at once
+        return torch.cat([decide(*few) for few in zip(rows.split(n), best.split(n))])
+    def decide(rows, best):                                                   # (n, e), (n, candidates) -> (n,)
+        c, first = F.embedding(best, codes), F.embedding(best[:, :1], codes)        # (n, candidates, e), (n, 1, e)
+        more = (c - first).mul_(c.add_(first - 2 * rows[:, None])).sum(2)     # (n, candidates): |z - c|^2 - |z - first|^2, hardly rounded
+        return best.gather(1, more.argmin(1, keepdim=True))[:, 0]
+    return torch.cat([search(rows) for rows in z_slices])
 
 class SimVQ(nn.Module):
     """SimVQ (Zhu et al. 2024), eq. 1: the codes are C W. C is frozen and only W learned, so one used code moves all of them, and none is left
@@ -259,10 +262,10 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         self.decoder = Decoder(config)
 
     @classmethod
-    def from_pretrained(cls, folder, strict=True, **how):                     # the mixin's default would leave missing weights random, silently
-        if not Path(folder).is_dir():
-            with explained(f"{folder} is neither a folder nor a model on the hub"): hub_file(str(folder), "config.json", "pass its folder")
-        return super().from_pretrained(folder, strict=strict, **how)
+    def from_pretrained(cls, pretrained_model_name_or_path, strict=True, **how):     # by default missing weights would stay random, silently
+        if not Path(name := pretrained_model_name_or_path).is_dir() and not how:
+            with explained(f"{name} is neither a folder nor a model on the hub"): hub_file(str(name), "config.json", "pass its folder")
+        return super().from_pretrained(name, strict=strict, **how)
 
     def encode(self, images): return self.encoder(images)                     # X (B, 3, h, w) -> Z_I (B, N, d)
     def forward(self, images):                                                # X (B, 3, h, w)
@@ -392,8 +395,8 @@ def lecam(real_mean, fake_mean, ema_real, ema_fake):
 def save_tokenizer(model, folder, teacher=None):
     """`folder`/config.json and model.safetensors, and teacher.safetensors of a `teacher` that no hub has; complete or not at all."""
     folder = Path(folder).resolve()                                           # a link's own folder
-    if strange := {path.name for path in folder.glob("*")} - {"config.json", "model.safetensors", "teacher.safetensors", "README.md"}:
-        raise UserError(f"{folder} holds {min(strange)}, which no tokenizer does: it would be lost; name another folder")
+    if strange := {path.name for path in folder.glob("[!.]*")} - {"config.json", "model.safetensors", "teacher.safetensors", "README.md"}:
+        raise UserError(f"{folder} holds {min(strange)}, which no tokenizer does, and which would be lost: move it away, or name another folder")
     partial = Path(f"{folder}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     with explained(f"cannot write {folder}: free some space, then --resume"):
@@ -407,7 +410,6 @@ def load_tokenizer(folder, device="cpu"):
         raise UserError(f"{folder} is not a tokenizer folder (config.json, model.safetensors): train_tokenizer.py makes one, same --config")
     with explained(f"{folder} cannot be read as a tokenizer"), contextlib.redirect_stdout(io.StringIO()):      # the mixin announces what it does
         return VQRAE.from_pretrained(str(folder)).to(device).eval()
-
 def save_checkpoint(path, state):
     """Write to a temporary name, then rename: a full disk or a kill leaves the previous file whole."""
     partial = Path(f"{path}.partial")
@@ -426,7 +428,7 @@ def load_checkpoint(path, *keys):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))     # in memory once for all ranks
         for key in keys: state[key]
         return state
-    except Exception as error: raise UserError(f"{path} is damaged, of another kind, or holds more than tensors and numbers: not loaded") from error
+    except Exception as error: raise UserError(f"{path} is damaged, of another kind or unsafe: not loaded ({type(error).__name__})") from error
 
 # ---- What the scripts share: command line, processes, log -----------------------------------------------------------
 def resize(images, size, limit=True):
@@ -464,7 +466,7 @@ def parse_config(cls, presets={}, model_class=None, argv=None, **implied):
     parser.error = refuse
     kinds = {bool: dict(action=argparse.BooleanOptionalAction), dict: dict(type=JSON, metavar="JSON"),
              list: dict(action="append", metavar="TEXT"), tuple: dict(nargs="*")}     # a flag to repeat, and words without a flag
-    for f in (f for c in classes for f in dataclasses.fields(c)):
+    for f in (f for c in classes for f in fields(c)):
         choices = tuple(MODELS) if f.name == "config" else get_args(f.type) or None
         how = kinds.get(f.type, dict(type=type(choices[0]) if choices else f.type, choices=choices))
         if f.name == "bench": how |= dict(nargs="?", const=5)                 # --bench alone
@@ -472,14 +474,14 @@ def parse_config(cls, presets={}, model_class=None, argv=None, **implied):
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value != []}
     values, origin = {}, {}
     def layer(source, chosen): values.update(chosen), origin.update(dict.fromkeys(chosen, source))       # later ones win
-    layer("default", {f.name: f.default for f in dataclasses.fields(cls)} | implied)
+    layer("default", {f.name: f.default for f in fields(cls)} | implied)
     facts = {f"{name} {value}" for name, value in (values | given).items()}
-    if model_class: layer("model", dataclasses.asdict(MODELS[given.get("config", values["config"])]))
+    if model_class: layer("model", asdict(MODELS[given.get("config", values["config"])]))
     for key, preset in presets.items():
         if facts.issuperset(key.split(", ")): layer(key, preset)
-    if "encoder" in given: layer("flag", dict(encoder_kwargs={}))             # those were the other encoder's
+    if given.get("encoder", values.get("encoder")) != values.get("encoder"): layer("flag", dict(encoder_kwargs={}))        # those are the old one's
     layer("flag", given)
-    make = lambda c: c(**{f.name: values[f.name] for f in dataclasses.fields(c)})
+    make = lambda c: c(**{f.name: values[f.name] for f in fields(c)})
     config = make(cls)
     config.given = given                                                      # for next_command
     return config, model_class and make(model_class), origin
@@ -487,7 +489,7 @@ def parse_config(cls, presets={}, model_class=None, argv=None, **implied):
 def read_log(path): return [json.loads(line) for line in path.open() if line.endswith("}\n")]     # but for a last line that was cut
 def report(rows): print("\n" + "\n".join(f"  {what:24}{value}" for what, value in rows.items() if value))        # at a run's end; empty rows left out
 def print_config(origin, *configs):
-    for name, value in (pair for c in configs for pair in dataclasses.asdict(c).items()): print(f"  {name:18} {str(value):44} {origin[name]}")
+    for name, value in (pair for c in configs for pair in asdict(c).items()): print(f"  {name:18} {str(value):44} {origin[name]}")
 
 class Ranks:
     """This process among the others: one without torchrun, else as torchrun says (nccl on GPUs, gloo elsewhere)."""
@@ -502,7 +504,7 @@ class Ranks:
         if "RANK" in os.environ and not dist.is_initialized():                # hours: rank 0 validates and saves alone
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))
     def begin(self, old):
-        """Delete the `old` checkpoints. From now on SIGTERM and Ctrl-C ask for a stop between two steps; a second one stops at once."""
+        """Delete the `old` checkpoints. From now on SIGTERM and Ctrl-C ask for a stop between two steps; the same once more stops at once."""
         for path in old: path.unlink(missing_ok=True)
         def ask(number, _):
             self.stop_asked = number
@@ -563,7 +565,7 @@ def bench(config, ranks, parts={}, steps=1, unit="images"):
     flops, chip = counter.get_total_flops() / steps, torch.cuda.get_device_name() if cuda else ranks.device.type
     peaks = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12}      # FLOP a second, dense, by NVIDIA's data sheets
     share = next((f" ({flops / seconds / peak:.1%} of its bf16 peak)" for name, peak in peaks.items() if name in chip), "")
-    memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024      # Linux's unit
+    memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(0).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     ranks.say(f"{config.batch_size / seconds:.1f} {unit}/s, {seconds * 1e3:.2f} ms a step of {config.batch_size}; a rank: "
               f"{flops / 1e12:.3g} TFLOP a step in products, convolutions and attention on {chip}{share}, at most {memory / 1e9:.1f} GB")
     yield True
@@ -589,10 +591,11 @@ def open_run(path, config, ranks):
             fcntl.lockf(ranks.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     if config.resume and not config.bench:
         if not path.exists(): raise UserError(f"nothing to resume: {path} is not there; leave --resume out to start")
-        saved = load_checkpoint(path, "step", "optimizer", "config")
+        saved = load_checkpoint(path, "step", "optimizer")
         if saved["step"] > config.total_steps: raise UserError(f"{path} is at step {saved['step']}, beyond --total_steps {config.total_steps}")
-        changed = [f"--{name} {value} (was {saved['config'].get(name)})" for name, value in dataclasses.asdict(config).items()
-                   if saved["config"].get(name) != value and name not in ("resume", "overwrite")]
+        was = saved.get("config", {})
+        changed = [f"--{name} {value} (was {was[name]})" for name, value in asdict(config).items()
+                   if was.get(name, value) != value and name not in ("resume", "overwrite")]
         if changed: ranks.say("note: this run goes on with other flags:", ", ".join(changed))
         return saved
     if path.exists() and not (config.overwrite or config.bench):
