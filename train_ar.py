@@ -16,7 +16,7 @@ Without a caption a sequence begins at BOI: the unconditional prompt of classifi
     USER: z_1 z_2 ... z_N how many rings are there? ASSISTANT: two </s> USER: ... ASSISTANT: ... </s> <pad> ...       phase sft
           z_1 z_2 ... z_N a red circle </s> <pad> ...                                                                 phase pretrain
 """
-import contextlib, functools, hashlib, io, itertools, json, shlex, signal, sys, time, zlib
+import contextlib, functools, hashlib, io, itertools, json, shlex, time, zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from train_tokenizer import (COLORS, NUMBERS, PLURAL, SHAPES, VALIDATION, Images, article, batches, captions, crop, decode, fingerprint, hashed, note,
                              plan, render, shuffled)
-from vqrae import (Encoder, Log, Ranks, UserError, bench, check_finite, check_run, check_same, command_line, compile_parts, explained, full,
+from vqrae import (Encoder, Log, Ranks, UserError, bench, check_finite, check_run, check_same, command_line, compile_parts, due, explained, full,
                    hub_file, ignore_signals, load_checkpoint, load_tokenizer, lr_factor, next_command, no_autocast, open_run, parse_config,
                    print_config, report, resize, save_checkpoint, split_batch, timm_key, uniform)
 
@@ -522,18 +522,17 @@ def train(config, ranks):
                disable=not ranks.first)                                       # the last round only validates and saves
     if config.bench: stream, timed = itertools.repeat(next(stream)), bench(config, ranks, dict(lm=task.lm.base_model, teacher=task.encoder))
     else: ranks.begin([path, *[folder / "sft.pt"] * sft_follows] if config.overwrite else [])
-    def due(step, every): return step == config.total_steps or (step > 0 and step % every == 0)
-    log = Log(out / f"log_{config.phase or 'ar'}.jsonl", first_step, due(first_step, config.eval_every), ranks.first and not config.bench)
+    log = Log(out / f"log_{config.phase or 'ar'}.jsonl", first_step, config, ranks.first and not config.bench)
     for step in bar:
         if config.bench and next(timed): return
         # Once in a while: save, validate.
         last = step == config.total_steps
-        if step > first_step and (stop or due(step, config.save_every)):
+        if step > first_step and (stop or due(step, config.save_every, config)):
             if ranks.size > 1: optimizer.consolidate_state_dict(to=0)         # all ranks send theirs
             if ranks.first:
                 save_checkpoint(path, dict(model=task.net.state_dict(), optimizer=optimizer.state_dict(), step=step, tokenizer=task.which,
                                            config=asdict(config)))
-        if ranks.first and due(step, config.eval_every):
+        if ranks.first and due(step, config.eval_every, config):
             task.net.eval()
             with amp, torch.no_grad(), torch.compiler.set_stance("force_eager") if config.compile else contextlib.nullcontext():       # many lengths
                 found = task.validate(task.val_at[i:i + micro] for i in range(0, len(task.val_at), micro))
@@ -570,9 +569,7 @@ def train(config, ranks):
                time=f"{(time.time() - start) / 60:.1f} minutes", pictures="" if config.phase else out / "samples.png", model=folder))
         if not sft_follows: print(f"\nNext: {task.next()}")
     ranks.wait()
-    if stop and not last:
-        ranks.say(f"stopped at step {step}, all saved. Go on with: {next_command(sys.argv[0], config, resume=True)}")
-        if ranks.stop_asked == signal.SIGINT: sys.exit(130)                   # Ctrl-C stops `this && the next` too
+    if not last: ranks.end_early(step, config)
     return last
 
 def main():

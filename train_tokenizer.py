@@ -11,7 +11,7 @@ Train the VQRAE tokenizer: the paper's two stages, and before them a stage 0 for
     stage 1   encoder frozen; codebook and decoder learn to reconstruct       (eq. 4)   -> stage1.pt, tokenizer-stage1/
     stage 2   encoder too, held to its old features by distillation           (eq. 6)   -> stage2.pt, tokenizer-stage2/
 """
-import copy, functools, hashlib, io, itertools, json, math, os, re, signal, sys, tarfile, time, zlib
+import copy, functools, hashlib, io, itertools, json, math, os, re, tarfile, time, zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -27,7 +27,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from vqrae import (VQRAE, Discriminator, Encoder, Log, PerceptualLoss, Ranks, UserError, VQRAEConfig, bench, check_finite, check_run,
-                   check_same, command_line, compile_parts, distill_loss, explained, full, hinge_d_loss, ignore_signals, lecam,
+                   check_same, command_line, compile_parts, distill_loss, due, explained, full, hinge_d_loss, ignore_signals, lecam,
                    load_checkpoint, load_encoder_weights, lr_factor, next_command, open_run, parse_config, print_config, report, resize,
                    save_checkpoint, save_tokenizer, split_batch, uniform, weights_file)
 
@@ -85,6 +85,7 @@ class TrainConfig:
     disc_lr: float = 4e-5                 # [T7]
     disc_width: int = 128                 # [TiTok]
     lecam_weight: float = 0.001           # [TiTok]
+    from_stage1 = property(lambda self: self.stage == 2 and self.init_from != "none")
     def __post_init__(self):
         check_run(self, ema_decay=0, disc_width=1, encoder_lr=0, disc_lr=0, distill_weight=0, disc_weight=0, stage0_steps=1)
 
@@ -298,7 +299,7 @@ def parameter_groups(model, discriminator, config):
 def encoder_source(config, model_config, resumed):
     """Where the VFM's weights are: a file, "stage0" or "random"; None if stage 1 has them, or a resumed run whose encoder never moves."""
     if config.bench: return "random"                                          # speed does not depend on them
-    if config.stage == 2 and config.init_from != "none" or resumed and resumed["config"]["encoder_lr"] == 0: return None
+    if config.from_stage1 or resumed and resumed["config"]["encoder_lr"] == 0: return None
     if model_config.encoder_weights in ("stage0", "random"): return model_config.encoder_weights
     with torch.device("meta"): return weights_file(Encoder(model_config), model_config.encoder_weights)
 
@@ -306,7 +307,7 @@ def starting_point(config, model_config, ranks, resumed, source):
     """The model as its stage begins, from encoder_source's source; and the frozen teacher T."""
     run = Path(config.out_dir if config.init_from in ("", "none") else config.init_from)
     with ranks.device: model = VQRAE(model_config)                            # made there: on a CPU 800 million random weights take half a minute
-    if source is None and config.stage == 2 and config.init_from != "none":
+    if source is None and config.from_stage1:
         path = run / "stage1.pt"
         if not path.exists():
             stage1 = next_command("train_tokenizer.py", config, CARRIED, **dict(out_dir=run) if config.init_from else {})
@@ -383,8 +384,8 @@ def train(config, model_config, ranks):
     frozen = config.encoder_lr == 0
     dtype = torch.float64 if config.precision == "float64" else None          # None: as it is
     model.encoder.requires_grad_(not frozen)
-    begins = (config.stage == 1 or config.init_from == "none") and not resumed
-    if ranks.first and begins and config.bottleneck_start == "data" and not config.bench: start_bottleneck(model, config, data)
+    if ranks.first and config.bottleneck_start == "data" and not (config.from_stage1 or resumed or config.bench):
+        start_bottleneck(model, config, data)
     nn.ModuleList(filter(None, (model, teacher, perceptual, discriminator))).to(device, dtype)
     nn.ModuleList(filter(None, (perceptual, discriminator))).to(memory_format=torch.channels_last)      # faster convolutions, the same numbers
     ema = copy.deepcopy(model).requires_grad_(False).eval()
@@ -419,16 +420,15 @@ def train(config, model_config, ranks):
         called = dict(model.named_children(), teacher=teacher, perceptual=perceptual, discriminator=discriminator)
         stream, timed = itertools.repeat(next(stream)), bench(config, ranks, called)
     else: ranks.begin([path] if config.overwrite else [])
-    def due(step, every): return step == config.total_steps or (step > 0 and step % every == 0)
-    log = Log(out / f"log_stage{config.stage}.jsonl", first_step, due(first_step, config.eval_every), ranks.first and not config.bench)
+    log = Log(out / f"log_stage{config.stage}.jsonl", first_step, config, ranks.first and not config.bench)
     for step in bar:
         if config.bench and next(timed): return
         # Once in a while: save, validate, draw.
         last = step == config.total_steps
-        if ranks.first and step > first_step and (stop or due(step, config.save_every)):
+        if ranks.first and step > first_step and (stop or due(step, config.save_every, config)):
             save_checkpoint(path, {name: part and part.state_dict() for name, part in parts.items()} | dict(
                 step=step, rng=torch.get_rng_state(), config=asdict(config), model_config=asdict(model_config)))
-        if ranks.first and due(step, config.eval_every):
+        if ranks.first and due(step, config.eval_every, config):
             val_psnr, val_usage = validate(ema, val_data, config, device, pictures)
             log(step=step, val_psnr=val_psnr, **dict(val_codebook_usage=val_usage) if model.quantizer else {})
         if last or stop: break
@@ -489,8 +489,7 @@ def train(config, model_config, ranks):
             bar.set_postfix_str(f"loss {logged['loss']:.4f}, PSNR {-10 * math.log10(logged['l2']):.1f}, {shown}{rate:.0f} images/s")
             if ranks.first and codes and usage < 0.1 and step > config.warmup_steps:
                 note("warning: under 10% of the codes are in use. Try more --warmup_steps or a lower --lr")
-    if stop and not last: ranks.say(f"stopped at step {step}, all saved. Go on with: {next_command(sys.argv[0], config, resume=True)}")
-    elif ranks.first:                                                         # save the tokenizer, tell what came of it and what comes next
+    if ranks.first and last:                                                  # save the tokenizer, tell what came of it and what comes next
         folder, newest = out / f"tokenizer-stage{config.stage}", out / "tokenizer"
         save_tokenizer(ema.float(), folder, None if model_config.encoder_weights == "hub" else teacher)
         if newest.is_dir() and not newest.is_symlink(): newest.rename(f"{newest}-{start:.0f}")                 # some copies follow the link
@@ -503,7 +502,7 @@ def train(config, model_config, ranks):
         if config.stage == 1: print("\nNext:", next_command("train_tokenizer.py", config, CARRIED, stage=2, overwrite=(out / "stage2.pt").exists()))
         else: print("\nNext:", next_command("eval.py", config, {"device", "lpips_weights"}, data=val_source, out_dir=out, part=hold_out and "val"))
     ranks.wait()
-    if stop and not last and ranks.stop_asked == signal.SIGINT: sys.exit(130)  # Ctrl-C stops `this && the next` too
+    if not last: ranks.end_early(step, config)
 
 def main():
     config, model_config, origin = parse_config(TrainConfig, PRESETS, VQRAEConfig)

@@ -487,6 +487,7 @@ def parse_config(cls, presets={}, model_class=None, argv=None, **implied):
     return config, model_class and make(model_class), origin
 
 def read_log(path): return [json.loads(line) for line in path.open() if line.endswith("}\n")]     # but for a last line that was cut
+def due(step, every, config): return step == config.total_steps or (step > 0 and step % every == 0)          # once in a while, and at the end
 def report(rows): print("\n" + "\n".join(f"  {what:24}{value}" for what, value in rows.items() if value))        # at a run's end; empty rows left out
 def print_config(origin, *configs):
     for name, value in (pair for c in configs for pair in asdict(c).items()): print(f"  {name:18} {str(value):44} {origin[name]}")
@@ -512,6 +513,9 @@ class Ranks:
         for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, ask)
     def say(self, *text):
         if self.first: print(*text, flush=True)
+    def end_early(self, step, config):                                        # after all ranks have waited for the checkpoint
+        self.say(f"stopped at step {step}, all saved. Go on with: {next_command(sys.argv[0], config, resume=True)}")
+        if self.stop_asked == signal.SIGINT: sys.exit(130)                    # Ctrl-C stops `this && the next` too
     def wait(self):
         if self.size > 1: dist.barrier()
     def sum(self, tensor):                                                    # over ranks; no gradient
@@ -535,12 +539,12 @@ class Ranks:
         return network
 
 class Log:
-    """log_*.jsonl, an object a line. A resumed run cuts what came after its checkpoint, which is a validation too, made again if `due`."""
-    def __init__(self, path, step, due, enabled):
+    """log_*.jsonl, an object a line. A resumed run cuts what came after its checkpoint, which is a validation too, made again if due."""
+    def __init__(self, path, step, config, enabled):
         rows = read_log(path) if enabled and step and path.exists() else []   # before the file is opened anew
         self.file = open(path, "w", buffering=1) if enabled else io.StringIO()
         for row in rows:
-            if row["step"] < step or row["step"] == step and ("loss" in row or not due): self(**row)
+            if row["step"] < step or row["step"] == step and ("loss" in row or not due(step, config.eval_every, config)): self(**row)
     def __call__(self, **values): print(json.dumps(values), file=self.file)
 
 def bench(config, ranks, parts={}, steps=1, unit="images"):
