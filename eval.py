@@ -1,12 +1,12 @@
 """
 How good is a tokenizer? Every number with its protocol.
 
-    python eval.py                                     out/tiny/tokenizer on drawn shapes -> out/tiny/eval.json
-    python eval.py A B ... --data FOLDER               several side by side, as a Markdown table
-    ... --data FOLDER --part val                       the images that training without --val_data held out
-    python eval.py --vqa A B ...                       the MLLM's answers, with each tokenizer's encoder swapped in -> vqa.json
-    python eval.py --curves                            the logs of a run as curves.png
-    python eval.py --generation                        pictures that train_ar.py's generator draws on demand -> geneval in eval.json
+    python eval.py                           out/tiny/tokenizer on drawn shapes -> out/tiny/eval.json
+    python eval.py A B ... --data FOLDER     several side by side, as a Markdown table
+    ... --data FOLDER --part val             the images that training without --val_data held out
+    python eval.py --vqa A B ...             the MLLM's answers, with each tokenizer's encoder swapped in -> vqa.json
+    python eval.py --curves                  the logs of a run as curves.png
+    python eval.py --generation              pictures that train_ar.py's generator draws -> geneval in eval.json
 """
 import collections, contextlib, itertools, json, math, os, time
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from sample import PRESETS, SampleConfig, answer, generate
 from train_ar import identity, load_generator, load_mllm, load_teacher, questions
-from train_tokenizer import (ATLAS, EXTENT, HELD_OUT, PALETTE, SHAPES, SIDE, TASKS, VALIDATION, WINDOW, Images, Scene, as_file, batches, captions,
-                             code_usage, masks, plan, psnr, render)
-from vqrae import (Ranks, SimVQ, UserError, build_lpips, check_least, command_line, explained, load_checkpoint, load_tokenizer, nearest,
-                   parse_config, print_config, read_log, resize)
+from train_tokenizer import (ATLAS, EXTENT, HELD_OUT, PALETTE, SHAPES, SIDE, TASKS, VALIDATION, WINDOW, Images, as_file, batches,
+                             captions, code_usage, masks, plan, psnr, render)
+from vqrae import (Ranks, SimVQ, UserError, build_lpips, check_least, command_line, explained, load_checkpoint, load_tokenizer,
+                   nearest, parse_config, print_config, read_log, resize)
 
 @dataclass
 class EvalConfig:
@@ -31,109 +31,109 @@ class EvalConfig:
     config: str = "tiny"                  # whose run folder: a key of vqrae.MODELS
     data: str = "shapes"                  # shapes, a folder of images, or 'shards-{000..127}.tar'
     part: Literal["all", "val"] = "all"   # of a folder or shards; val: those that training without --val_data held out
-    num_images: int = 0                   # how many (of files evenly spread; all, if fewer); 0: 2048, 512 with --vqa or --generation
-    size: int = 0                         # score at this many pixels a side (the paper: 256); 0: the tokenizer's own
+    num_images: int = 0                   # how many (files: evenly spread; all, if fewer); 0: 2048, 512 for --vqa, --generation
+    size: int = 0                         # score at this many pixels a side, 7 or more (the paper: 256); 0: as decoded
     out_dir: str = ""                     # the run's folder, where eval.json goes; "": out/CONFIG
     batch_size: int = 64                  # images at a time on each rank
     num_workers: int = 0                  # decoding processes a rank
     device: str = ""                      # cuda, mps or cpu; "": the first of them that is there
     lpips_weights: str = ""               # a file of torchvision's vgg16; "": download
     inception_weights: str = ""           # a file of pytorch-fid's Inception; "": torch-fidelity downloads it
-    vqa: bool = False                     # instead: questions about the shapes world, answered by out_dir's MLLM on each tokenizer's features
+    vqa: bool = False                     # instead: out_dir's MLLM answers questions about shapes, on each tokenizer's features
     generation: bool = False              # instead: score out_dir's generator on prompts of the shapes world
     curves: bool = False                  # instead: draw loss, PSNR and codebook usage from out_dir's logs
-    guidance: float = SampleConfig.guidance  # of its pictures, see sample.py, whose presets hold here too; all codes, no top_k
+    guidance: float = SampleConfig.guidance  # of its pictures, as in sample.py, presets too, but without top_k
     temperature: float = SampleConfig.temperature  # of its pictures
     top_p: float = SampleConfig.top_p     # of its pictures
     def __post_init__(self):
         self.out_dir = self.out_dir or f"out/{self.config}"
         self.num_images = self.num_images or (512 if self.generation or self.vqa else 2048)
-        if 0 < self.size < 7: raise UserError(f"--size {self.size}: at least 7, the window of SSIM")
-        check_least(self, num_images=24 if self.generation else 2, batch_size=1, size=0, num_workers=0)
-        if self.vqa + self.generation + self.curves + (self.data != "shapes") > 1: raise UserError("--vqa, --generation, --curves, --data: only one")
+        check_least(self, num_images=24 if self.generation else 2, batch_size=1, size=7 if self.size else 0, num_workers=0)
+        if self.vqa + self.generation + self.curves + (self.data != "shapes") > 1:
+            raise UserError("--vqa, --generation, --curves, --data: only one")
 
 # ---- Reconstruction -------------------------------------------------------------------------------------------------
 def ssim(x, y, data_range=1.0):
-    """Structural similarity, scikit-image's defaults: 7 x 7 uniform window, sample covariance, mean over pixels and channels.
-    (B, 3, H, W) in [0, 1] -> (B,). data_range 1 is right for [0, 1]; 2 is what LlamaGen's and UniLIP's tables use."""
-    x, y = (as_file(i if i.device.type == "mps" else i.double()) for i in (x, y))             # mps knows no float64
+    """(B, 3, H, W) in [0, 1] -> (B,), scikit-image's. data_range 1 is right for [0, 1]; LlamaGen's and UniLIP's tables use 2."""
+    x, y = (as_file(i if i.device.type == "mps" else i.double()) for i in (x, y))  # mps has no float64
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    mx, my, xx, yy, xy = (F.avg_pool2d(i, 7, stride=1) for i in (x, y, x * x, y * y, x * y))
+    mx, my, xx, yy, xy = (F.avg_pool2d(i, 7, stride=1) for i in (x, y, x * x, y * y, x * y))  # in 7 x 7 windows
     vx, vy, cov = ((mean - product) * 49 / 48 for mean, product in ((xx, mx * mx), (yy, my * my), (xy, mx * my)))
     return ((2 * mx * my + c1) * (2 * cov + c2) / ((mx ** 2 + my ** 2 + c1) * (vx + vy + c2))).mean((1, 2, 3))
 def moments(features):
-    """(B, f) -> (f + 2, f) float64, whose sum over all images gives their count, mean and covariance, however many there are."""
+    """(B, f) -> (f + 2, f) float64: products, sum, count. Added up over all images they give mean and covariance."""
     f = features.cpu().double()
     return torch.cat([f.T @ f, f.sum(0)[None], torch.full_like(f[:1], len(f))])
 def frechet(*sides):
     """Two sums of moments -> |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), with the sample covariances."""
-    (m1, c1), (m2, c2) = ((s[-2] / s[-1], (s[:-2] - s[-2, :, None] * s[-2] / s[-1]) / (s[-1] - 1)) for s in sides)
+    m1, m2 = (s[-2] / s[-1] for s in sides)
+    c1, c2 = ((s[:-2] - s[-2, :, None] * s[-2] / s[-1]) / (s[-1] - 1) for s in sides)
     values, vectors = torch.linalg.eigh(c1)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T                   # C1^(1/2)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # C1^(1/2)
     cross = torch.linalg.eigvalsh(root @ c2 @ root).clamp(min=0).sqrt().sum()
     return ((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * cross).item()
-
 def inception(weights):
-    """A network, images (B, 3, H, W) uint8 -> ((B, 2048),): pytorch-fid's Inception, through torch-fidelity. Never another."""
+    """A network, images (B, 3, H, W) uint8 -> ((B, 2048),): pytorch-fid's Inception, by torch-fidelity."""
     with explained("torch-fidelity is not installed: pip install torch-fidelity", ImportError):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    if weights: load_checkpoint(weights)                                      # refuses a pickle that torch-fidelity would run
+    if weights: load_checkpoint(weights)  # refuses a pickle that torch-fidelity would run
     with explained("Inception weights cannot be had: pass --inception_weights FILE"):
         return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights or None).eval()
 
 @torch.no_grad()
 def reconstruction(model, nets, dataset, positions, config, ranks):
-    """One pass over the images -> the metrics, and the codes' counts (k,). nets: those there are of lpips, rfid, teacher. positions: this rank's."""
-    native, size = model.config.image_size, config.size or model.config.output_size
-    features = collections.defaultdict(float)                                 # moments of (metric, side)
-    sums, objects = collections.Counter(), torch.zeros(5, dtype=torch.float64)
-    counts = torch.zeros(model.config.codebook_size, dtype=torch.float64)
-    for batch in tqdm(batches(dataset, native, positions, config.batch_size, config.num_workers, ranks.device),
-                      total=math.ceil(len(positions) / config.batch_size), desc="reconstruct", disable=not ranks.first):
-        result = model(seen := resize(batch["image"], native))
+    """One pass over this rank's positions -> metrics, and codes' counts (k,). nets: of lpips, rfid, teacher those there are."""
+    native, size, teacher = model.config.image_size, config.size or model.config.output_size, nets.get("teacher")
+    features = collections.defaultdict(lambda: [0, 0])  # moments of originals and reconstructions
+    sums, counts, objects = collections.Counter(), torch.zeros(model.config.codebook_size, dtype=torch.float64), 0
+    loader = batches(dataset, native, positions, config.batch_size, config.num_workers, ranks.device)
+    for batch in tqdm(loader, "reconstruct", math.ceil(len(positions) / config.batch_size), disable=not ranks.first):
+        X = resize(batch["image"], native)
+        result = model(X)
         x, y = (as_file(resize(i, size)) for i in (batch["image"], result.reconstruction.clamp(0, 1)))
-        sums.update(num_images=len(x), psnr=psnr(x, y).sum().item(), ssim=ssim(x, y).sum().item(), ssim_dr2=ssim(x, y, 2.0).sum().item())
+        sums.update(psnr=psnr(x, y).sum().item(), ssim=ssim(x, y).sum().item(), ssim_dr2=ssim(x, y, 2.0).sum().item())
         if "lpips" in nets: sums["lpips"] += nets["lpips"](x * 2 - 1, y * 2 - 1).sum().item()
-        if "teacher" in nets:
-            T_X = nets["teacher"](seen)
+        if teacher:
+            T_X = teacher(X)
             sums["cosine_to_teacher"] += F.cosine_similarity(result.Z_I, T_X, dim=-1).mean(1).sum().item()
-            features["fd_vfm", 0] += moments(T_X.mean(1))
-            features["fd_vfm", 1] += moments(nets["teacher"](resize(as_file(result.reconstruction), native)).mean(1))
+            features["fd_vfm"][0] += moments(T_X.mean(1))
+            features["fd_vfm"][1] += moments(teacher(resize(as_file(result.reconstruction), native)).mean(1))
         if "rfid" in nets:
-            for side, images in enumerate((x, y)): features["rfid", side] += moments(nets["rfid"]((images * 255).round().to(torch.uint8))[0])
+            for side, i in enumerate((x, y)): features["rfid"][side] += moments(nets["rfid"]((i * 255).round().byte())[0])
         if result.indices is not None: counts += torch.bincount(result.indices.flatten().cpu(), minlength=len(counts))
         if dataset is None:
             scene = batch["scene"]
             unseen = scene.present & HELD_OUT[scene.shape, scene.color]
             originals, right = (objects_right(resize(i, SIDE).cpu(), scene) for i in (x, y))
             objects += torch.stack([scene.present, originals, right, unseen, right & unseen]).sum((1, 2))
-    out = {name: frechet(*(ranks.sum(features[name, side]) for side in (0, 1))) for name in sorted({name for name, _ in features})}
-    sums = dict(zip(sums, ranks.sum(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()))
-    n, counts = int(sums.pop("num_images")), ranks.sum(counts)
-    out |= {name: total / n for name, total in sums.items()} | dict(num_images=n)
+    out = {name: frechet(*map(ranks.sum, sides)) for name, sides in features.items()}
+    totals = ranks.sum(torch.tensor([*sums.values()], dtype=torch.float64)).tolist()
+    n, counts, reasons = ranks.sum(torch.tensor(len(positions))).item(), ranks.sum(counts), {}
+    out |= {name: total / n for name, total in zip(sums, totals)} | dict(num_images=n)
+    small = [name for name, least in (("fd_vfm", 2 * model.config.dim), ("rfid", 2048)) if name in out and n < least]
+    if small: reasons["few_images"] = f"{n} images are too few for a steady {' and '.join(small)}"
     if dataset is None:
         present, originals, right, unseen, right_unseen = ranks.sum(objects).tolist()
-        out |= dict(objects_right=right / present, objects_right_originals=originals / present, objects_right_held_out=right_unseen / max(1, unseen))
-    small = [name for name, least in (("fd_vfm", 2 * model.config.dim), ("rfid", 2048)) if name in out and n < least]
-    out["reasons"] = dict(few_images=f"{n} images are too few for a steady {' and '.join(small)}") if small else {}
-    if dataset and (skipped := ranks.sum(torch.tensor(len(dataset.skipped))).item()):
-        out["reasons"]["skipped"] = f"{skipped} unreadable images: those after them are scored again"
-    out["protocol"] = (f"{config.data}: {n} images, shorter edge to {dataset.size if dataset else native} px (bicubic, antialiased), centre crop; "
-                       f"reconstructed at {native} px, scored at {size} px, clamped and rounded to 8 bits; PSNR per image, then mean; "
-                       f"reference set: the same images")
-    return out, counts
+        out["objects_right"], out["objects_right_originals"] = right / present, originals / present
+        out["objects_right_held_out"] = right_unseen / max(1, unseen)
+    elif skipped := ranks.sum(torch.tensor(len(dataset.skipped))).item():
+        reasons["skipped"] = f"{skipped} unreadable images: those after them are scored again"
+    protocol = (f"{config.data}: {n} images, shorter edge to {dataset.size if dataset else native} px (bicubic, antialiased), "
+                f"centre crop; reconstructed at {native} px, scored at {size} px, clamped and rounded to 8 bits; "
+                "PSNR per image, then mean; reference set: the same images")
+    return out | dict(reasons=reasons, protocol=protocol), counts
 
 # ---- Semantics without a language model: classes from mean-pooled features
 def knn(train, train_labels, test, test_labels, k=20):
     """Top-1 accuracy of a vote of the k nearest by cosine. (n, f), (n,), (m, f), (m,) -> float."""
     train, right = F.normalize(train, dim=1), 0
-    for part, labels in zip(test.split(1024), test_labels.split(1024)):       # never all n x m similarities
+    for part, labels in zip(test.split(1024), test_labels.split(1024)):  # never all n x m similarities
         weight, index = (F.normalize(part, dim=1) @ train.T).topk(min(k, len(train)), dim=1)
         votes = torch.zeros(len(part), int(train_labels.max()) + 1).scatter_add(1, train_labels[index], (weight / 0.07).exp())
         right += (votes.argmax(1) == labels).sum().item()
     return right / len(test)
 def probe(train, train_labels, test, test_labels, steps=100, decay=1e-3):
-    """Top-1 accuracy of a multinomial logistic regression on standardised features, L-BFGS."""
+    """Top-1 accuracy of a logistic regression on standardised features, by L-BFGS."""
     mean, std = train.mean(0), train.std(0) + 1e-6
     train, test = ((x - mean) / std for x in (train, test))
     weight = torch.zeros(train.shape[1] + 1, int(train_labels.max()) + 1, requires_grad=True)
@@ -149,185 +149,182 @@ def probe(train, train_labels, test, test_labels, steps=100, decay=1e-3):
 
 @torch.no_grad()
 def semantics(model, teacher, dataset, total, config, device):
-    """kNN and probe accuracy of teacher, Z_I and Z_q. Even images to fit, odd to test. Shapes: one-object pictures, 48 shape-colour classes."""
-    rows, labels, small = dict(features=[], teacher=[], tokens=[]), [], []
+    """kNN and probe accuracy of teacher, Z_I and Z_q: even images to fit, odd to test. Shapes: one each, 48 classes."""
+    rows, labels, small, size = dict(features=[], teacher=[], tokens=[]), [], [], model.config.image_size
     scenes = (plan(part + 2 * VALIDATION, task=0) for part in torch.arange(total).split(config.batch_size))
     singles = (dict(image=render(s), label=(s.shape[:, 0] * 8 + s.color[:, 0]).tolist()) for s in scenes)
-    for batch in singles if dataset is None else batches(dataset, model.config.image_size, range(total), config.batch_size, config.num_workers):
-        images = resize(batch["image"].to(device), model.config.image_size)
-        Z_I = model.encode(images)                                            # (B, N, d)
-        found = dict(features=Z_I, teacher=teacher and teacher(images), tokens=model.quantizer and model.quantizer(model.to_code(Z_I))[0])
-        for name, z in found.items():
-            if z is not None: rows[name].append(z.mean(1).float().cpu())                        # (B, N, d) -> (B, d)
+    for batch in singles if dataset is None else batches(dataset, size, range(total), config.batch_size, config.num_workers):
+        images = resize(batch["image"].to(device), size)
+        found = dict(features=model.encode(images))  # (B, N, d)
+        if teacher: found["teacher"] = teacher(images)
+        if model.quantizer: found["tokens"] = model.quantizer(model.to_code(found["features"]))[0]
+        for name, z in found.items(): rows[name].append(z.mean(1).float().cpu())  # (B, N, d) -> (B, d)
         labels += batch["label"]
         if len(labels) <= 4096 + len(images): small.append((resize(images, 64) * 255).round().byte().cpu())
-    rows = {name: torch.cat(z) if z else None for name, z in rows.items()}    # (total, d)
-    if model.quantizer and len(labels) >= 8:                                  # one image a cluster at least
+    rows = {name: torch.cat(z) if z else None for name, z in rows.items()}  # (total, d)
+    if model.quantizer and len(labels) >= 8:  # one image a cluster at least
         draw_clusters((rows["features"], rows["tokens"]), torch.cat(small), Path(config.out_dir) / "clusters.png")
     classes = {label: i for i, label in enumerate(sorted(set(labels)))}
-    if len(classes) < 2 or len(labels) < 4:
-        return dict(knn_top1=None, probe_top1=None), dict(semantics=f"{config.data}: needs 2 classes (folders, or label in metadata.jsonl), 4 images")
-    labels = torch.tensor([classes[label] for label in labels])
-    with torch.enable_grad():
-        return {key: {name: z if z is None else f(z[::2], labels[::2], z[1::2], labels[1::2]) for name, z in rows.items()}
-                for key, f in (("knn_top1", knn), ("probe_top1", probe))}, {}
-
+    missing = f"{config.data}: needs 2 classes (folders, or label in metadata.jsonl), 4 images"
+    if len(classes) < 2 or len(labels) < 4: return dict(knn_top1=None, probe_top1=None), dict(semantics=missing)
+    y = torch.tensor([classes[label] for label in labels])
+    def accuracy(score): return {name: z if z is None else score(z[::2], y[::2], z[1::2], y[1::2]) for name, z in rows.items()}
+    return dict(knn_top1=accuracy(knn), probe_top1=accuracy(probe)), {}
 def draw_clusters(rows, images, path, k=8, across=8):
-    """The paper's Figure 4: k-means on continuous features (left) and on tokens (right); a row a cluster, its most central images."""
+    """The paper's Figure 4: k-means on features (left) and on tokens (right); a row a cluster, its most central images."""
     sides = []
     torch.manual_seed(0)
     for z in rows:
-        z, means = F.normalize(z[:len(images)], dim=1), SimVQ(k, z.shape[1])
+        z, means, shown = F.normalize(z[:len(images)], dim=1), SimVQ(k, z.shape[1]), []
         means.init_codebook(z, iterations=30)
         own, far = nearest(z, means.codebook), torch.cdist(z, means.codebook)
-        order = own.bincount(minlength=k).argsort(descending=True)
-        picked = [far[:, c].masked_fill(own != c, math.inf).topk(across, largest=False) for c in order]
-        shown = torch.cat([torch.where(d.isinf()[:, None, None, None], 1, images[i] / 255) for d, i in picked])            # (k across, 3, 64, 64)
-        sides.append(make_grid(shown, nrow=across, pad_value=1))
+        for c in own.bincount(minlength=k).argsort(descending=True):
+            distance, i = far[:, c].masked_fill(own != c, math.inf).topk(across, largest=False)
+            shown.append(torch.where(distance.isinf()[:, None, None, None], 1, images[i] / 255))  # (across, 3, 64, 64)
+        sides.append(make_grid(torch.cat(shown), nrow=across, pad_value=1))
     save_image(torch.cat(sides, 2), path)
 
-# ---- The checker reads objects back from pictures of the shapes world: cuts out what has a colour, and draws every shape there to see which fits
+# ---- The checker reads objects back from pictures of shapes: cuts out what has a colour, and draws every shape to see which fits
 def find_objects(images, least_area=25):
     """(B, 3, 64, 64) in [0, 1] -> for M found objects: picture, shape, color (M,) int64, x, y (M,) pixels."""
-    delta, size = images - images.mean(1, keepdim=True), SIDE * SIDE          # (B, 3, H, W); what has a colour is no background
+    delta, base = images - images.mean(1, keepdim=True), SIDE ** 2 + 1  # (B, 3, H, W); what has a colour is no background
     foreground = (delta.norm(dim=1, keepdim=True) > 0.14).float()
-    label, before = torch.arange(1, size + 1.0).view(1, 1, SIDE, SIDE) * foreground, None
-    while before is None or not torch.equal(label, before):                   # connected regions take their largest number
+    label, before = torch.arange(1.0, base).view(1, 1, SIDE, SIDE) * foreground, None
+    while before is None or not torch.equal(label, before):  # connected regions take their largest number
         before, label = label, F.max_pool2d(label, 3, 1, 1) * foreground
-    number = label.flatten(1).long() + torch.arange(len(images))[:, None] * (size + 1)
-    number, area = number.unique(return_counts=True)
-    number = number[(number % (size + 1) > 0) & (area >= least_area)]         # (M,)
-    picture = number // (size + 1)
-    own = (label[picture] == (number % (size + 1)).view(-1, 1, 1, 1)).float()  # (M, 1, H, W)
-    strength = (delta[picture] * own).norm(dim=1, keepdim=True) ** 3          # its colour is told where it is strongest, not at its edge
-    mean = lambda x: (x * strength).sum((2, 3)) / strength.sum((2, 3))        # (M, 3, H, W) -> (M, 3)
+    number, area = (label.flatten(1).long() + torch.arange(len(images))[:, None] * base).unique(return_counts=True)
+    number = number[(number % base > 0) & (area >= least_area)]  # (M,)
+    picture = number // base
+    own = (label[picture] == (number % base).view(-1, 1, 1, 1)).float()  # (M, 1, H, W)
+    strength = (delta[picture] * own).norm(dim=1, keepdim=True) ** 3  # the colour counts where it is strong, not at the edge
+    mean = lambda x: (x * strength).sum((2, 3)) / strength.sum((2, 3))  # (M, 3, H, W) -> (M, 3)
     rgb, contrast = mean(images[picture]), mean(delta[picture])
     gain = ((rgb[:, None] * PALETTE).sum(-1, keepdim=True) / PALETTE.square().sum(-1, keepdim=True)).clamp(0.9, 1.1)
-    color = (rgb[:, None] - PALETTE * gain).norm(dim=-1).argmin(1)            # (M,)
+    color = (rgb[:, None] - PALETTE * gain).norm(dim=-1).argmin(1)  # (M,)
     cover = (delta[picture] * contrast[:, :, None, None]).sum(1) / contrast.square().sum(1)[:, None, None]
-    cover = cover.clamp(0, 1) * F.max_pool2d(own, 3, 1, 1)[:, 0]              # (M, H, W) in [0, 1], its soft edge included
+    cover = cover.clamp(0, 1) * F.max_pool2d(own, 3, 1, 1)[:, 0]  # (M, H, W) in [0, 1], its soft edge included
     mass, at = cover.sum((1, 2)), torch.arange(SIDE) + 0.5
     x, y = (cover.sum(1) @ at) / mass, (cover.sum(2) @ at) / mass
-    unit_area, s = (ATLAS > 0).float().mean((1, 2, 3)) * (2 * EXTENT) ** 2, len(SHAPES)        # (6,) at radius 1
-    radius = (mass[:, None] / unit_area).sqrt().clamp(4, 13)                  # (M, 6): each shape in the size of that area
+    unit_area, s = (ATLAS > 0).float().mean((1, 2, 3)) * (2 * EXTENT) ** 2, len(SHAPES)  # (6,) at radius 1
+    radius = (mass[:, None] / unit_area).sqrt().clamp(4, 13)  # (M, 6): each shape in the size of that area
     centers, straight = (i.repeat_interleave(s) for i in (x, y)), torch.zeros(len(x) * s)
     drawn, rows, columns = masks(torch.arange(s).repeat(len(x)), *centers, radius.flatten(), straight)
-    seen = cover[torch.arange(len(x))[:, None, None], rows[::s], columns[::s]]                             # (M, W, W)
-    error = (drawn.view(-1, s, WINDOW ** 2) - seen.view(-1, 1, WINDOW ** 2)).square().sum(-1)              # (M, 6)
+    seen = cover[torch.arange(len(x))[:, None, None], rows[::s], columns[::s]]  # (M, W, W)
+    error = (drawn.view(-1, s, WINDOW ** 2) - seen.view(-1, 1, WINDOW ** 2)).square().sum(-1)  # (M, 6)
     return picture, error.argmin(1), color, x, y
-
 def objects_right(images, scene, near=6.0):
-    """Which of the scene's objects the checker finds in place, in shape and in colour: (B, 4) bool, within scene.present."""
-    right = torch.zeros_like(scene.present)
-    for b, shape, color, x, y in zip(*find_objects(images)):
-        distance = (scene.x[b] - x).hypot(scene.y[b] - y)
-        right[b] |= (distance < near) & (scene.shape[b] == shape) & (scene.color[b] == color)
-    return right & scene.present
+    """Which of the scene's objects are found in place, shape and colour: (B, 4) bool, within scene.present."""
+    b, *found = find_objects(images)
+    shape, color, x, y = (t[:, None] for t in found)  # (M, 1) each, beside the scene's (M, 4)
+    fits = ((scene.x[b] - x).hypot(scene.y[b] - y) < near) & (scene.shape[b] == shape) & (scene.color[b] == color)
+    return (torch.zeros(scene.present.shape).index_add(0, b, fits.float()) > 0) & scene.present
 
-# ---- Generation: GenEval's six tasks, asked of a generator in the shapes world's words and judged by the checker
-COLORED = ("colors", "position", "color_attr")    # the tasks whose captions name colours
-
+# ---- Generation: GenEval's six tasks in the shapes world's words, judged by the checker
+COLORED = ("colors", "position", "color_attr")  # the tasks whose captions name colours
 def fulfilled(images, scene, least=6.0):
-    """Does each picture (B, 3, 64, 64) show what its caption names? -> (B,) bool. As in GenEval, more may be there, except where it counts."""
+    """Does each picture (B, 3, 64, 64) show what its caption names? -> (B,) bool. As in GenEval, only counting forbids more."""
     found, right = [[] for _ in images], []
-    for b, *thing in zip(*(t.tolist() for t in find_objects(images))):
-        found[b].append(thing)                                                # [shape, color, x, y]
+    for picture, *thing in zip(*(t.tolist() for t in find_objects(images))): found[picture].append(thing)
     for things, task, n, relation, shapes, colors in zip(found, *(t.tolist() for t in scene[:5])):
-        colored = TASKS[task] in COLORED
-        places = [[(x, y) for s, c, x, y in things if s == shape and (c == color or not colored)] for shape, color in zip(shapes[:n], colors)]
-        if TASKS[task] == "counting": right.append(len(places[0]) == n)
-        elif TASKS[task] == "position":
-            right.append(any((b[0] - a[0], a[0] - b[0], b[1] - a[1], a[1] - b[1])[relation] > least for a in places[0] for b in places[1]))
+        places, task = [], TASKS[task]  # places: where each of the n named is found
+        for shape, color in zip(shapes[:n], colors):
+            places.append([(x, y) for s, c, x, y in things if s == shape and (c == color or task not in COLORED)])
+        if task == "counting": right.append(len(places[0]) == n)
+        elif task == "position":
+            way = lambda a, b: (b[0] - a[0], a[0] - b[0], b[1] - a[1], a[1] - b[1])[relation]  # pixels from a to b
+            right.append(any(way(a, b) > least for a in places[0] for b in places[1]))
         else: right.append(all(places))
     return torch.tensor(right)
 
 @torch.no_grad()
 def generation(folder, config, ranks):
-    """-> shares of prompts fulfilled: geneval of drawn pictures, geneval_ceiling of reconstructions of the renderer's own."""
+    """-> shares of prompts fulfilled: by drawn pictures (geneval), by reconstructions of the renderer's (geneval_ceiling)."""
     lm, text_tokenizer, tokenizer = load_generator(config.out_dir, folder, ranks.device)
     if {tokenizer.config.image_size, tokenizer.config.output_size} != {SIDE}:
-        raise UserError(f"--generation is for pictures of the shapes world, of {SIDE} px: score others with sample.py --geneval")
-    number = torch.arange(config.num_images)
-    scene = plan(number + 3 * VALIDATION, task=number % 6)
-    prompts, drawn, rebuilt = captions(scene), [], []
-    how = {name: getattr(config, name) for name in ("guidance", "temperature", "top_p")}
+        raise UserError(f"--generation is for pictures of shapes, of {SIDE} px: score others with sample.py --geneval")
+    number, drawn, rebuilt, out = torch.arange(config.num_images), [], [], {}
+    pictured = lambda i: plan(i + 3 * VALIDATION, task=i % 6)
     with tqdm(total=len(number) * lm.config.visual["tokens"], desc="sampling", unit="code") as bar:
         for part in number.split(config.batch_size):
-            codes = generate(lm, text_tokenizer, [prompts[i] for i in part], part.tolist(), **how, bar=bar)
+            scene = pictured(part)
+            codes = generate(lm, text_tokenizer, captions(scene), part.tolist(), guidance=config.guidance,
+                             temperature=config.temperature, top_p=config.top_p, bar=bar)
             drawn.append(tokenizer.detokenize(codes).clamp(0, 1).cpu())
-            rebuilt.append(tokenizer(render(Scene(*(values[part] for values in scene))).to(ranks.device)).reconstruction.clamp(0, 1).cpu())
-    drawn = torch.cat(drawn)
-    colored = torch.isin(scene.task, torch.tensor([TASKS.index(t) for t in COLORED]))
-    novel, out = (HELD_OUT[scene.shape, scene.color] & scene.present).any(1) & colored, {}
+            rebuilt.append(tokenizer(render(scene).to(ranks.device)).reconstruction.clamp(0, 1).cpu())
+    drawn, scene = torch.cat(drawn), pictured(number)
+    novel = (HELD_OUT[scene.shape, scene.color] & scene.present).any(1) & torch.tensor([TASKS[t] in COLORED for t in scene.task])
     for name, images in (("geneval", drawn), ("geneval_ceiling", torch.cat(rebuilt))):
         right = fulfilled(images, scene).float()
-        scores = {task: right[(scene.task == t) & ~novel].mean().item() for t, task in enumerate(TASKS[:6])}
-        out[name] = scores | dict(overall=sum(scores.values()) / 6, held_out_pairs=right[novel].mean().item() if novel.any() else None)
-    shown = drawn[:min(60, len(drawn) // 6 * 6)].unflatten(0, (-1, 6)).transpose(0, 1)                    # (6, n, 3, 64, 64): a row a task
+        out[name] = {task: right[(scene.task == t) & ~novel].mean().item() for t, task in enumerate(TASKS[:6])}
+        out[name]["overall"] = sum(out[name].values()) / 6
+        out[name]["held_out_pairs"] = right[novel].mean().item() if novel.any() else None
+    shown = drawn[:min(60, len(drawn) // 6 * 6)].unflatten(0, (-1, 6)).transpose(0, 1)  # (6, n, 3, 64, 64)
     save_image(make_grid(shown.flatten(0, 1), nrow=shown.shape[1]), Path(config.out_dir) / "geneval.png")
-    return out | dict(geneval_protocol=f"{len(number)} validation prompts, a sixth each; {', '.join(f'{name} {x}' for name, x in how.items())}; "
-                      f"{int(novel.sum())} name a pair of shape and colour never trained on, scored apart; pictures: geneval.png, a row a task")
+    return out | dict(geneval_protocol=f"{len(number)} validation prompts, a sixth each; guidance {config.guidance}, "
+                      f"temperature {config.temperature}, top_p {config.top_p}; {int(novel.sum())} name a pair of shape and "
+                      "colour never trained on, scored apart; pictures: geneval.png, a row a task")
 
-# ---- Understanding: the shapes world's questions, asked of an MLLM that reads the teacher's features or, untrained, another encoder's
+# ---- Understanding: questions to an MLLM that reads the teacher's features or, untrained, another encoder's
 def code_meanings(model, device, pictures=2048):
-    """What a token alone tells of the features: for each code the mean Z_I of its patches on training pictures -> (k, d); 0 if it never comes.
-    Not Z_bot, which no loss ties to Z_I: the decoder reads it, in a space of its own."""
-    sums = torch.zeros(model.config.codebook_size, model.config.dim + 1, device=device)                   # and how many
+    """-> (k, d): each code's mean Z_I on training pictures, or 0. Not Z_bot, which no loss ties to Z_I."""
+    sums = torch.zeros(model.config.codebook_size, model.config.dim + 1, device=device)  # and their count
     for part in torch.arange(pictures).split(64):
-        Z_I = model.encode(resize(render(plan(part)), model.config.image_size).to(device))                # (B, N, d)
-        sums.index_add_(0, model.quantizer(model.to_code(Z_I))[1].flatten(), F.pad(Z_I, (0, 1), value=1).flatten(0, 1))   # (B N,), (B N, d + 1)
+        Z_I = model.encode(resize(render(plan(part)), model.config.image_size).to(device))  # (B, N, d)
+        sums.index_add_(0, model.quantizer(model.to_code(Z_I))[1].flatten(), F.pad(Z_I, (0, 1), value=1).flatten(0, 1))
     return sums[:, :-1] / sums[:, -1:].clamp(min=1)
 
 @torch.no_grad()
 def vqa(folder, config, ranks):
-    """-> PSNR, and share of right answers by kind of question, from teacher, Z_I (features), and what the codes tell of Z_I (tokens)."""
+    """-> PSNR, and shares of right answers by kind of question, on the teacher, Z_I (features), code_meanings (tokens)."""
     mllm, text_tokenizer, model = load_mllm(config.out_dir, folder, ranks.device)
-    index, answers, psnrs = torch.arange(config.num_images) + VALIDATION, collections.defaultdict(list), []
-    teacher, meanings = load_teacher(folder, model.config).to(ranks.device), model.quantizer and code_meanings(model, ranks.device)
-    for part in tqdm(index.split(config.batch_size), desc="ask"):
+    n, size, psnrs, answers = config.num_images, model.config.image_size, [], collections.defaultdict(list)
+    teacher = load_teacher(folder, model.config).to(ranks.device)
+    meanings = code_meanings(model, ranks.device) if model.quantizer else None
+    for part in tqdm((torch.arange(n) + VALIDATION).split(config.batch_size), desc="ask"):
         scene = plan(part)
-        images = resize(render(scene), model.config.image_size).to(ranks.device)
+        images = resize(render(scene), size).to(ranks.device)
         result = model(images)
-        psnrs.append(psnr(images, resize(result.reconstruction, model.config.image_size)))
+        psnrs.append(psnr(images, resize(result.reconstruction, size)))
         features = dict(teacher=teacher(images), features=result.Z_I)
         if meanings is not None: features["tokens"] = meanings[result.indices]
-        asked = [(i, question, *known) for i, them in enumerate(questions(part, scene)) for question, known in them.items()]
+        asked = [(i, text, *fact) for i, known in enumerate(questions(part, scene)) for text, fact in known.items()]
+        pictures, texts, kinds, truths = zip(*asked)
         for name, z in features.items():
-            said = answer(mllm, text_tokenizer, z[[row[0] for row in asked]], [row[1] for row in asked], 4)
-            answers[name] += [(kind, truth, text) for (_, _, kind, truth), text in zip(asked, said)]
-    result = dict(psnr=torch.cat(psnrs).mean().item())
+            answers[name] += zip(kinds, truths, answer(mllm, text_tokenizer, z[list(pictures)], texts, 4))
+    out = dict(psnr=torch.cat(psnrs).mean().item())
     for name, rows in answers.items():
-        kinds = {kind: [truth == text for k, truth, text in rows if k == kind] for kind in sorted({k for k, _, _ in rows})}
-        kinds["overall"] = sum(kinds.values(), [])
-        result[f"vqa_{name}"] = {kind: sum(right) / len(right) for kind, right in kinds.items()}
-        yes = [(truth == "yes", text != "no") for kind, truth, text in rows if kind == "presence"]      # (true, said)
+        right = collections.defaultdict(list)
+        for kind, truth, said in sorted(rows): right[kind].append(truth == said)
+        right["overall"] = sum(right.values(), [])
+        out[f"vqa_{name}"] = {kind: sum(hits) / len(hits) for kind, hits in right.items()}
+        yes = [(truth == "yes", said != "no") for kind, truth, said in rows if kind == "presence"]  # (true, claimed)
         both, true, claimed = yes.count((True, True)), sum(a for a, _ in yes), sum(b for _, b in yes)
-        result[f"pope_{name}"] = dict(accuracy=sum(a == b for a, b in yes) / len(yes), precision=both / max(1, claimed),
-                                      recall=both / max(1, true), f1=2 * both / max(1, true + claimed))
-    return result | dict(protocol=f"{len(rows)} questions about {len(index)} validation pictures, each asked alone; right is the same text")
+        out[f"pope_{name}"] = dict(accuracy=sum(a == b for a, b in yes) / len(yes), precision=both / max(1, claimed),
+                                   recall=both / max(1, true), f1=2 * both / max(1, true + claimed))
+    return out | dict(protocol=f"{len(rows)} questions about {n} validation pictures, each asked alone; right is the same text")
 
 # ---- The command line
 def evaluate(folder, config, ranks):
     """Everything about one tokenizer -> a dict with the fixed keys."""
-    model, start = load_tokenizer(folder, ranks.device), time.time()
+    model, start, nets, reasons = load_tokenizer(folder, ranks.device), time.time(), {}, {}
     dataset, first, total = None, VALIDATION, config.num_images
     if config.data != "shapes":
         first, size = 0, max(config.size, model.config.image_size, model.config.output_size)
         with ranks.first_alone(): dataset = Images(config.data, size, in_order=True, part=config.part, folder=config.out_dir)
         total = min(total, len(dataset))
         dataset.chosen = dataset.chosen[[i * len(dataset) // total for i in range(total)]]
-    if total < max(2, ranks.size): raise UserError(f"{total} images are too few on {ranks.size} ranks: give at least {max(2, ranks.size)}")
-    nets, reasons = {}, {}
-    with ranks.first_alone():                                                 # it may download
-        for name, build, *source in (("teacher", load_teacher, folder, model.config), ("lpips", build_lpips, config.lpips_weights),
-                                     ("rfid", inception, config.inception_weights)):
+    if total < max(2, ranks.size): raise UserError(f"{total} images are too few: give at least 2, and one a rank")
+    with ranks.first_alone():  # it may download
+        for name, build, *source in (("teacher", load_teacher, folder, model.config),
+                                     ("lpips", build_lpips, config.lpips_weights), ("rfid", inception, config.inception_weights)):
             try: nets[name] = build(*source).requires_grad_(False).to(ranks.device)
-            except UserError as error: reasons[name] = str(error)             # the metrics that do without it still come out
+            except UserError as error: reasons[name] = str(error)  # the other metrics still come out
     metrics, counts = reconstruction(model, nets, dataset, range(first + ranks.rank, first + total, ranks.size), config, ranks)
     keys = "psnr ssim ssim_dr2 lpips rfid fd_vfm codebook_usage codebook_perplexity token_entropy_bits cosine_to_teacher"
     result = dict.fromkeys(keys.split()) | metrics
     if model.quantizer:
-        result |= zip(("codebook_usage", "codebook_perplexity", "token_entropy_bits", "dead_codes"), (*code_usage(counts), int((counts == 0).sum())))
+        result |= zip(("codebook_usage", "codebook_perplexity", "token_entropy_bits"), code_usage(counts))
+        result["dead_codes"] = int((counts == 0).sum())
     if ranks.first:
         accuracy, why = semantics(model, nets.get("teacher"), dataset, total, config, ranks.device)
         result |= accuracy | dict(reasons=result["reasons"] | reasons | why)
@@ -341,18 +338,19 @@ def draw_curves(out):
     _, axes = plt.subplots(1, 3, figsize=(15, 4))
     for axis, keys in zip(axes, (("loss", "val_loss"), ("val_psnr",), ("codebook_usage", "val_codebook_usage"))):
         for (name, rows), key in itertools.product(logs.items(), keys):
-            if points := [(row["step"], row[key]) for row in rows if key in row]: axis.plot(*zip(*points), marker=".", label=f"{name}: {key}")
-        axis.set(xlabel="step", yscale="log" if keys[0] == "loss" else "linear"), axis.lines and axis.legend()
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            if points: axis.plot(*zip(*points), marker=".", label=f"{name}: {key}")
+        axis.set(xlabel="step", yscale="log" if keys[0] == "loss" else "linear")
+        if axis.lines: axis.legend()
     plt.savefig(out / "curves.png", bbox_inches="tight")
     print(f"wrote {out / 'curves.png'}")
-
 def table(results):
     """{folder: metrics} -> a Markdown table, a column a tokenizer."""
     rows = {"metric": [*results], "---": ["---"] * len(results)}
     for column, result in enumerate(results.values()):
         for key, value in result.items():
             for part, number in (value if isinstance(value, dict) else {"": value}).items():
-                if isinstance(number, (int, float, type(None))):
+                if not isinstance(number, str):
                     row = rows.setdefault(f"{key} {part}".strip(), ["-"] * len(results))
                     if number is not None: row[column] = f"{number:.4g}" if number < 100 else f"{number:.0f}"
     return "\n".join(f"| {' | '.join([key, *row])} |" for key, row in rows.items())
@@ -365,23 +363,24 @@ def main():
     if not os.access(out, os.W_OK): raise UserError(f"--out_dir {out} cannot be written to")
     if (config.generation or config.vqa or config.curves) and not ranks.first: return
     if config.curves: return draw_curves(out)
-    task, load = (generation, load_generator) if config.generation else (vqa, load_mllm) if config.vqa else (evaluate, lambda _, f: load_tokenizer(f))
+    task, load = evaluate, lambda _, folder: load_tokenizer(folder)
+    if config.generation: task, load = generation, load_generator
+    if config.vqa: task, load = vqa, load_mllm
     folders = config.tokenizers or [f"{config.out_dir}/tokenizer"]
-    for folder in folders[1:]: load(config.out_dir, folder)                   # or the first's hour would be lost
+    for folder in folders[1:]: load(config.out_dir, folder)  # or the first's hour would be lost
     results = {folder: task(folder, config, ranks) for folder in folders}
-    if ranks.first:
-        print(table(results))
-        for folder, found in results.items():
-            print(f"{folder}: {found.get('protocol') or found['geneval_protocol']}", *map(": ".join, found.get("reasons", {}).items()), sep="\n  ")
-        path, old, kept = out / ("vqa.json" if config.vqa else "eval.json"), {}, "" if config.generation else "geneval"
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):        # none yet, or not ours
-            read = json.loads(path.read_text())
-            old = {found["tokenizer"]: found for found in ([read] if "tokenizer" in read else read.values())}
-        for folder, found in results.items():                                 # a tokenizer's scores and its generator's stand side by side
-            found["tokenizer"] = identity(folder)
-            results[folder] = {key: value for key, value in old.get(found["tokenizer"], {}).items() if key.startswith(kept)} | found
-        path.write_text(json.dumps(results if len(results) > 1 else results[folders[0]], indent=1))
-        print(f"wrote {path}")
+    if not ranks.first: return
+    print(table(results))
+    path, old, kept = out / ("vqa.json" if config.vqa else "eval.json"), {}, "" if config.generation else "geneval"
+    with contextlib.suppress(Exception):  # none yet, or not ours
+        read = json.loads(path.read_text())
+        old = {scores["tokenizer"]: scores for scores in ([read] if "tokenizer" in read else read.values())}
+    for folder, scores in results.items():
+        protocol, reasons = scores.get("protocol") or scores["geneval_protocol"], scores.get("reasons", {})
+        print(f"{folder}: {protocol}", *map(": ".join, reasons.items()), sep="\n  ")
+        scores["tokenizer"] = which = identity(folder)  # its own scores and its generator's stay side by side
+        results[folder] = {key: value for key, value in old.get(which, {}).items() if key.startswith(kept)} | scores
+    path.write_text(json.dumps(results if len(results) > 1 else results[folders[0]], indent=1))
+    print(f"wrote {path}")
 
-if __name__ == "__main__":
-    command_line(main)
+if __name__ == "__main__": command_line(main)

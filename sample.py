@@ -8,8 +8,8 @@ Draw pictures for captions: text -> codes -> pixels, with a generator that train
     torchrun --nproc_per_node=8 sample.py ...                                 the ranks share the work
     python sample.py --image FILE --ask "how many circles are there?"         after train_ar.py --task understand
 
---geneval and --dpg go on where they stopped: a picture that is there is not made again, so give other settings, or a new model, another --out.
-A picture depends on model, settings, caption, --seed and its number among that caption's, not on batch, ranks or other captions (float32, CPU).
+--geneval and --dpg go on where they stopped: what is there is not made again. Other settings, or a new model, want another --out.
+In float32 on a CPU a picture depends on model, settings, caption, --seed and its number, not on batch, ranks or other captions.
 """
 import collections, functools, json, re, zlib
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import AttentionInterface, StaticCache, TopKLogitsWarper
 
 from train_ar import chat, layout, load_generator, load_mllm, pad_ids, square, visual_logits
-from vqrae import Ranks, UserError, bench, check_least, command_line, explained, full, parse_config, print_config, resize, uniform
+from vqrae import Ranks, UserError, bench, check_least, command_line, explained, full, parse_config, print_config, uniform
 
 @dataclass
 class SampleConfig:
@@ -41,155 +41,153 @@ class SampleConfig:
     ask: list = None                      # a question about --image; may be given several times
     out: str = ""                         # folder for the pictures; "": out_dir/samples, out_dir/geneval or out_dir/dpg
     num_images: int = 0                   # pictures a caption; 0: one, but four for --geneval and --dpg
-    resolution: int = 0                   # pixels a side of a picture; 0: as the tokenizer makes it
     guidance: float = 7.5                 # [LlamaGen] s in u + s (c - u); 1: none
     temperature: float = 1.0              # [LlamaGen] 0: always the likeliest code
     top_k: int = 1000                     # [LlamaGen] draw among the k likeliest codes; 0: all
     top_p: float = 1.0                    # [LlamaGen] draw among the likeliest codes that hold this share of the probability
     seed: int = 0                         # of a caption's first picture; the next has seed + 1
     batch_size: int = 64                  # pictures at a time; with --dpg at least 4
-    bench: int = 0                        # instead: draw a batch of the first caption three times, then that many times, and say how fast
+    bench: int = 0                        # instead: time this many batches of the first caption, after three others
     def __post_init__(self):
         self.out_dir = self.out_dir or f"out/{self.config}"
         self.tokenizer = self.tokenizer or f"{self.out_dir}/tokenizer"
         if self.bench and not (self.prompt or self.prompts or self.geneval or self.dpg): self.prompt = ["a red circle"]
-        if sum(map(bool, (self.prompt or self.prompts, self.geneval, self.dpg, self.ask))) != 1 or bool(self.ask) != bool(self.image):
-            raise UserError("nothing to do, or too much: --prompt TEXT, --prompts FILE, or --geneval FILE, or --dpg DIR, or --image FILE --ask TEXT")
-        check_least(self, batch_size=1, num_images=0, resolution=0, bench=0)
-        if self.dpg and self.num_images not in (0, 4): raise UserError("--dpg makes four pictures a prompt: leave --num_images out")
+        given = [source for source in (self.prompt or self.prompts, self.geneval, self.dpg, self.ask) if source]
+        if len(given) != 1 or bool(self.ask) != bool(self.image):
+            raise UserError("nothing to do, or too much: --prompt or --prompts, or --geneval, or --dpg, or --image with --ask")
+        check_least(self, batch_size=1, num_images=0, bench=0)
+        if self.dpg and self.num_images not in (0, 4): raise UserError("--dpg makes 4 pictures a prompt: leave --num_images out")
         check_options(self.guidance, self.temperature, self.top_k, self.top_p)
         self.dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
 
-PRESETS = {"config tiny": dict(precision="float32", guidance=2.0, temperature=1.0, top_k=0, top_p=0.6)}     # [ours] measured on shapes
+PRESETS = {"config tiny": dict(precision="float32", guidance=2.0, temperature=1.0, top_k=0, top_p=0.6)}  # [ours] measured
 def check_options(guidance, temperature, top_k, top_p):
-    for name, value, most in (("guidance", guidance, 100), ("temperature", temperature, 100), ("top_k", top_k, 1 << 20), ("top_p", top_p, 1)):
-        if not 0 <= value <= most: raise UserError(f"--{name} {value} is out of range: from 0 to {most} (--help says what they mean)")
+    limits = dict(guidance=(guidance, 100), temperature=(temperature, 100), top_k=(top_k, 1 << 20), top_p=(top_p, 1))
+    for name, (value, most) in limits.items():
+        if not 0 <= value <= most: raise UserError(f"--{name} {value} is out of range: from 0 to {most} (see --help)")
 
 # ---- Text -> codes --------------------------------------------------------------------------------------------------
 def choose(logits, u, temperature, top_k, top_p):
-    """Logits (B, k) and a uniform number each (B,) -> codes (B,), by inverting the cumulative distribution, so that rounding changes few draws."""
+    """Logits (B, k), uniform numbers (B,) -> codes (B,). Inverts the cumulative distribution: rounding changes few draws."""
     if temperature < 1e-6: return logits.argmax(1)
     logits = logits / temperature
-    if top_k: logits = TopKLogitsWarper(top_k)(None, logits)                  # transformers': what is out of the draw becomes -inf
-    p = logits.softmax(1)                                                     # (B, k)
-    if top_p < 1:                                                             # transformers' sorts all, which is half of a tiny step
-        top = p.topk(min(256, p.shape[1])).values                             # (B, 256), the largest first
+    if top_k: logits = TopKLogitsWarper(top_k)(None, logits)  # transformers': what is out of the draw becomes -inf
+    p = logits.softmax(1)  # (B, k)
+    if top_p < 1:  # transformers' sorts all, which is half of a tiny step
+        top = p.topk(min(256, p.shape[1])).values  # (B, 256), the largest first
         if (top.sum(1) < top_p).any(): top = p.sort(1, descending=True).values
-        last = (top.cumsum(1) < top_p).sum(1, keepdim=True).clamp(max=top.shape[1] - 1)  # (B, 1), where their sum reaches top_p
-        p = p * (p >= top.gather(1, last))
-    below = p.cumsum(1)                                                       # (B, k)
-    return torch.searchsorted(below, u[:, None] * below[:, -1:], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+        last = (top.cumsum(1) < top_p).sum(1, keepdim=True)  # (B, 1), where their sum reaches top_p
+        p = p * (p >= top.gather(1, last.clamp(max=top.shape[1] - 1)))
+    below = p.cumsum(1)  # (B, k)
+    return torch.searchsorted(below, u[:, None] * below[:, -1:], right=True)[:, 0].clamp(max=p.shape[1] - 1)
 
 def attend(module, q, k, v, allowed, scaling, **_):
-    """Attention of q (R, H, L, a) to the first n of the cache's k and v (R, h, length, a), where `allowed` (R, 1, L, n); a: a head's width. Query
-    heads that share keys count as more queries, so no key is copied. Plain products: fused kernels are slow for so few. -> (R, L, H, a)"""
-    k, v = (t[:, :, :allowed.shape[-1]] for t in (k, v))                      # (R, h, n, a)
-    grouped = (q * scaling).reshape(*k.shape[:2], -1, q.shape[-1])            # (R, h, H / h * L, a)
-    scores = (grouped @ k.transpose(2, 3)).unflatten(2, (-1, q.shape[2]))               # (R, h, H / h, L, n)
+    """q (R, H, L, a) attends to the first n of the cached k, v (R, h, length, a) where `allowed` (R, 1, L, n). a: a head's width.
+    Heads that share keys count as more queries: no key is copied. Plain products: fused kernels are slow for so few."""
+    k, v = (t[:, :, :allowed.shape[-1]] for t in (k, v))  # (R, h, n, a)
+    grouped = (q * scaling).reshape(*k.shape[:2], -1, q.shape[-1])  # (R, h, H / h * L, a)
+    scores = (grouped @ k.transpose(2, 3)).unflatten(2, (-1, q.shape[2]))  # (R, h, H / h, L, n)
     weights = full(scores).masked_fill(~allowed[:, None], -torch.inf).softmax(-1).to(v.dtype)
-    return (weights.flatten(2, 3) @ v).view_as(q).transpose(1, 2), None
+    return (weights.flatten(2, 3) @ v).view_as(q).transpose(1, 2), None  # (R, L, H, a)
 AttentionInterface.register("attend", attend)
 
 def step(lm, ids, positions, allowed, cache, guidance):
-    """Read ids (R, L) after what `cache` holds -> logits of the next code (B, k). allowed: (R, 1, L, n) bool, of the cache's first n places."""
-    # The cache goes by position, as its name changed within transformers 5; the mask in a dict, so that transformers builds none itself.
-    x = lm.model(ids, dict(full_attention=allowed), positions, cache, use_cache=True).last_hidden_state[:, -1]     # (R, hidden)
+    """Read ids (R, L) after what `cache` holds -> logits of the next code (B, k). allowed (R, 1, L, n): of its first n places."""
+    # The cache goes by position, as its name changed within transformers 5; the mask in a dict, so that transformers builds none.
+    x = lm.model(ids, dict(full_attention=allowed), positions, cache, use_cache=True).last_hidden_state[:, -1]  # (R, hidden)
     if guidance != 1:
-        c, u = x.chunk(2)                                                     # R = 2 B: with captions, then without; (B, hidden) each
-        x = u + guidance * (c - u)                                            # equals mixing the logits, as the head is linear, at half the cost
+        c, u = x.chunk(2)  # R = 2 B: with captions, then without; (B, hidden) each
+        x = u + guidance * (c - u)  # equals mixing the logits, as the head is linear, at half the cost
     return full(visual_logits(lm, x))
+@functools.lru_cache(maxsize=1)  # keeps the last: compiled code is bound to the tensors that it first saw
+def cache_and_step(lm, length, compiled, *_):  # _: rows, dtype, device; a change of them makes a new cache
+    """Keys and values in one allocation: a compiled step needs it, and transformers' growing cache copies all at each token."""
+    cache = StaticCache(config=lm.config, max_cache_len=length)
+    return cache, torch.compile(step, mode="reduce-overhead", fullgraph=True) if compiled else step
 
-@functools.lru_cache(maxsize=1)                   # keeps the last: compiled code is bound to the tensors that it first saw
-def cache_and_step(lm, length, compiled, *_):     # _: rows, dtype and device, unused here: a change of them makes a new cache
-    """Keys and values in one allocation: a compiled step needs it, and transformers' growing cache copies all of them at each token."""
-    return StaticCache(config=lm.config, max_cache_len=length), torch.compile(step, mode="reduce-overhead", fullgraph=True) if compiled else step
-
-@torch.inference_mode()                           # a tenth faster than no_grad where steps are small
-def generate(lm, text_tokenizer, prompts, seeds, guidance=1.0, temperature=1.0, top_k=0, top_p=1.0, width=0, compiled=False, bar=None):
-    """B captions ("": the unconditional prompt) and B seeds -> codes (B, N) int64; UserError for options out of check_options's range. width: columns
-    for the captions, if more than the longest needs (equal shapes spare compilations). compiled: by torch.compile, for GPUs. bar: tqdm, of codes."""
+@torch.inference_mode()  # a tenth faster than no_grad where steps are small
+def generate(lm, text_tokenizer, prompts, seeds, guidance=1, temperature=1, top_k=0, top_p=1, width=0, compiled=False, bar=None):
+    """B captions ("": the unconditional prompt) and B seeds -> codes (B, N) int64; UserError for what check_options refuses.
+    width: least columns for captions: equal shapes spare compilations. compiled: by torch.compile, for GPUs. bar: tqdm."""
     check_options(guidance, temperature, top_k, top_p)
     visual, device, B, N = lm.config.visual, lm.device, len(prompts), lm.config.visual["tokens"]
-    chance = torch.stack([uniform(seed, N) for seed in seeds]).to(device)     # (B, N): the only randomness
-    texts = [*prompts, *([""] * B if guidance != 1 else [])]                  # guided: the unconditional half comes second
+    chance = torch.stack([uniform(seed, N) for seed in seeds]).to(device)  # (B, N): the only randomness
+    texts = [*prompts] + [""] * (B if guidance != 1 else 0)  # guided: the unconditional half comes second
     ids, mask = (F.pad(t, (max(0, width + 1 - t.shape[1]), 0)).to(device) for t in layout(text_tokenizer, visual, texts))
-    R, P = ids.shape                                                          # R = 2 B when guided; P: prompts, with BOI
-    length = P + N - 1                                                        # the last code is drawn, not read
-    at = torch.arange(length, device=device)
-    seen = torch.cat([mask.bool(), torch.ones(R, N - 1, dtype=torch.bool, device=device)], 1)           # (R, length)
-    allowed = (seen[:, None, None, :P] & (at[:P] <= at[:P, None])) | (at[:P] == at[:P, None])  # (R, 1, P, P); padding sees itself, else NaN
-    positions = (mask.cumsum(1) - 1).clamp(min=0)                             # (R, P): padding does not count
-    cache, run = cache_and_step(lm, length, compiled, R, lm.dtype, device)
+    R, P = ids.shape  # R = 2 B when guided; P: prompts, with BOI
+    seen = F.pad(mask.bool(), (0, N - 1), value=True)[:, None, None]  # (R, 1, 1, P + N - 1): the last code is drawn, not read
+    allowed = seen[..., :P].expand(-1, -1, P, -1).tril() | torch.eye(P, device=device).bool()  # (R, 1, P, P); itself too: no NaN
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # (R, P): padding does not count
+    cache, next_step = cache_and_step(lm, P + N - 1, compiled, R, lm.dtype, device)
     cache.reset()
     usual, codes = lm.config._attn_implementation, []
     lm.set_attn_implementation("attend")
     try:
-        for n in range(N):
-            logits = (step if n == 0 else run)(lm, ids, positions, allowed, cache, guidance)          # (B, k)
+        for n, read in enumerate([step] + [next_step] * (N - 1)):  # prompts are read uncompiled
+            logits = read(lm, ids, positions, allowed, cache, guidance)  # (B, k)
             codes.append(choose(logits, chance[:, n], temperature, top_k, top_p))
-            ids = (codes[-1] + visual["offset"]).repeat(R // B)[:, None]      # (R, 1)
+            ids = (codes[-1] + visual["offset"]).repeat(R // B)[:, None]  # (R, 1)
             positions = positions[:, -1:] + 1
-            allowed = (seen & (at <= P + n))[:, None, None, :length if compiled else P + n + 1]         # what is filled; compiled: always one shape
+            allowed = F.pad(seen[..., :P + n + 1], (0, N - 2 - n if compiled else 0))  # compiled: always one shape
             if bar is not None: bar.update(B)
     finally: lm.set_attn_implementation(usual)
-    return torch.stack(codes, 1)                                              # (B, N)
+    return torch.stack(codes, 1)  # (B, N)
 
 # ---- Z_I -> answers -------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def answer(mllm, text_tokenizer, Z_I, questions, max_new_tokens=64):
     """Features (B, N, d) of B images and a question about each -> B answers, the likeliest word by word."""
-    chats = [chat(text_tokenizer, Z_I.shape[1], None, False, [(f"<image>\n{question}", None)])["ids"] for question in questions]
+    chats = [chat(text_tokenizer, Z_I.shape[1], None, False, [(f"<image>\n{text}", None)])["ids"] for text in questions]
     ids, mask = (t.to(Z_I.device) for t in pad_ids(chats))
-    ids = mllm.lm.generate(inputs_embeds=mllm.embed(ids, Z_I), attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens,
-                           eos_token_id=text_tokenizer.eos_token_id, pad_token_id=text_tokenizer.eos_token_id)
+    ids = mllm.lm.generate(inputs_embeds=mllm.embed(ids, Z_I), attention_mask=mask, max_new_tokens=max_new_tokens,
+                           do_sample=False, eos_token_id=text_tokenizer.eos_token_id, pad_token_id=text_tokenizer.eos_token_id)
     return [text.strip() for text in text_tokenizer.batch_decode(ids, skip_special_tokens=True)]
-
 def converse(config, device):
     """Answer --ask about --image, with the tokenizer's own encoder in the place of the VFM that the MLLM was trained on."""
     mllm, text_tokenizer, tokenizer = load_mllm(config.out_dir, config.tokenizer, device, config.dtype)
-    with explained(f"--image {config.image} cannot be read as an image"): image = square(config.image, tokenizer.config.image_size)
-    asked = [question.replace("<image>", "").strip() for question in config.ask]           # which answer() puts first itself
-    room = mllm.lm.config.understand["max_length"] - tokenizer.config.num_tokens - 12      # USER: ASSISTANT:
+    with explained(f"--image {config.image} cannot be read as an image"): X = square(config.image, tokenizer.config.image_size)
+    asked = [question.replace("<image>", "").strip() for question in config.ask]  # which answer() puts first itself
+    room = mllm.lm.config.understand["max_length"] - tokenizer.config.num_tokens - 12  # USER: ASSISTANT:
     for question in asked: check_text(question, f"--ask {question[:40]!r}", text_tokenizer, room)
-    Z_I = tokenizer.encode(image[None].to(device)).expand(len(asked), -1, -1)
-    print(*map(" ".join, zip(asked, answer(mllm, text_tokenizer, Z_I, asked))), sep="\n")
+    Z_I = tokenizer.encode(X[None].to(device)).expand(len(asked), -1, -1)
+    for question, text in zip(asked, answer(mllm, text_tokenizer, Z_I, asked)): print(question, text)
 
 # ---- What to draw ---------------------------------------------------------------------------------------------------
-Job = collections.namedtuple("Job", "prompt seeds path where line", defaults=[""])   # a seed a picture, one file; who gave the prompt; GenEval's line
-
-def read_jobs(config):                            # -> out folder and jobs
-    each = config.num_images or (4 if config.geneval or config.dpg else 1)
-    seeds = lambda prompt: [zlib.crc32(f"{config.seed + j} {prompt}".encode()) for j in range(each)]     # no two captions share chance
-    read = lambda file: [line.rstrip("\n") for line in open(file, encoding="utf-8-sig", errors="replace")]
-    out, jobs = Path(config.out or f"{config.out_dir}/{'geneval' if config.geneval else 'dpg' if config.dpg else 'samples'}").absolute(), []
-    if config.geneval:                            # OUT/00003/metadata.jsonl, OUT/00003/samples/00000.png, ...
+Job = collections.namedtuple("Job", "prompt numbers path where line", defaults=[""])  # a file of pictures of one prompt
+def read_jobs(config):  # -> out folder and jobs
+    kind = "geneval" if config.geneval else "dpg" if config.dpg else "samples"
+    out, jobs = Path(config.out or f"{config.out_dir}/{kind}").absolute(), []
+    each = config.num_images or (1 if kind == "samples" else 4)
+    def read(file): return [line.rstrip("\n") for line in open(file, encoding="utf-8-sig", errors="replace")]
+    def tidy(text): return " ".join(text.split())
+    if config.geneval:  # OUT/00003/metadata.jsonl, OUT/00003/samples/00000.png, ...
         for i, line in enumerate(read(config.geneval)):
             where = f"{config.geneval}, line {i + 1}"
             with explained(f"{where}: not JSON with a prompt: {line[:60]!r}; mend or remove that line"):
-                prompt = " ".join(json.loads(line)["prompt"].split())
-            jobs += [Job(prompt, [seed], out / f"{i:05d}/samples/{j:05d}.png", where, line + "\n") for j, seed in enumerate(seeds(prompt))]
-    elif config.dpg:                              # OUT/NAME.png, four pictures in two rows
-        prompts = {file: " ".join(" ".join(read(file)).split()) for file in sorted(Path(config.dpg).glob("*.txt"))}
-        jobs = [Job(prompt, seeds(prompt), out / f"{file.stem}.png", str(file)) for file, prompt in prompts.items()]
+                prompt = tidy(json.loads(line)["prompt"])
+            jobs += [Job(prompt, [j], out / f"{i:05d}/samples/{j:05d}.png", where, line + "\n") for j in range(each)]
+    elif config.dpg:  # OUT/NAME.png, four pictures in two rows
+        for file in sorted(Path(config.dpg).glob("*.txt")):
+            jobs.append(Job(tidy(" ".join(read(file))), range(each), out / f"{file.stem}.png", str(file)))
     else:
-        prompts = [(" ".join(p.split()), f"--prompt {p[:40]!r}") for p in config.prompt or []]
-        if config.prompts:
-            prompts += [(" ".join(line.split()), f"{config.prompts}, line {i}") for i, line in enumerate(read(config.prompts), 1) if line.strip()]
-        for prompt, where in dict(prompts).items():                           # each caption once
-            tail = "" if re.fullmatch(r"[\w ]{0,60}", prompt) else f"-{zlib.crc32(prompt.encode()):08x}"      # where the name loses some of it
-            name = re.sub(r"\W+", "-", prompt)[:60].strip("-") + tail
-            jobs += [Job(prompt, [seed], out / f"{name}-{config.seed + j}.png", where) for j, seed in enumerate(seeds(prompt))]
-    if not jobs: raise UserError(f"no caption in {config.geneval or config.dpg or config.prompts} (--dpg: a folder of .txt files, else one a line)")
+        prompts = {tidy(text): f"--prompt {tidy(text)[:40]!r}" for text in config.prompt or []}  # each caption once
+        for i, line in enumerate(read(config.prompts) if config.prompts else [], 1):
+            if line.strip(): prompts[tidy(line)] = f"{config.prompts}, line {i}"
+        for prompt, where in prompts.items():
+            name = re.sub(r"\W+", "-", prompt)[:60].strip("-")
+            if not re.fullmatch(r"[\w ]{0,60}", prompt): name += f"-{zlib.crc32(prompt.encode()):08x}"  # or two would share it
+            jobs += [Job(prompt, [j], out / f"{name}-{config.seed + j}.png", where) for j in range(each)]
+    if not jobs: raise UserError(f"no caption in {config.geneval or config.dpg or config.prompts} (--dpg reads .txt files)")
     return out, jobs
-
 def check_text(text, where, text_tokenizer, room):
-    ids = text_tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    if not ids.input_ids: raise UserError(f"{where} is empty: say what to draw or what to answer")
-    if len(ids.input_ids) > room:
-        raise UserError(f"{where} has {len(ids.input_ids)} tokens, this model takes {room}: shorten it, or train with a larger --max_length")
-    if unknown := [text[a:b] for i, (a, b) in zip(ids.input_ids, ids.offset_mapping) if i == text_tokenizer.unk_token_id]:
-        known = sorted(word for word in text_tokenizer.get_vocab() if not word.startswith("<"))
-        raise UserError(f"{where}: this model never learned the word {unknown[0]!r}; the first of the {len(known)} it knows: {' '.join(known[:60])}")
+    encoded = text_tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, unknown = encoded.input_ids, text_tokenizer.unk_token_id
+    if not ids: raise UserError(f"{where} is empty: say what to draw or what to answer")
+    if len(ids) > room: raise UserError(f"{where} has {len(ids)} tokens, {room} fit: shorten it, or train with more --max_length")
+    if unknown in ids:
+        word = text[slice(*encoded.offset_mapping[ids.index(unknown)])]
+        known = sorted(entry for entry in text_tokenizer.get_vocab() if not entry.startswith("<"))
+        raise UserError(f"{where}: this model never learned the word {word!r}. It knows {len(known)}: {' '.join(known[:60])}")
 
 def main():
     config, _, origin = parse_config(SampleConfig, PRESETS)
@@ -198,38 +196,38 @@ def main():
     if config.ask: return ranks.first and converse(config, ranks.device)
     out, jobs = read_jobs(config)
     lm, text_tokenizer, tokenizer = load_generator(config.out_dir, config.tokenizer, ranks.device, config.dtype)
-    visual, resolution = lm.config.visual, config.resolution or tokenizer.config.output_size
-    for prompt, where in {job.prompt: job.where for job in jobs}.items():
-        check_text(prompt, where, text_tokenizer, visual["max_length"] - visual["tokens"] - 2)
-    todo = [job for job in jobs if not ((config.geneval or config.dpg) and job.path.exists())]           # before any rank writes
+    N = lm.config.visual["tokens"]
+    for job in jobs: check_text(job.prompt, job.where, text_tokenizer, lm.config.visual["max_length"] - N - 2)
+    resumes = config.geneval or config.dpg
+    todo = [job for job in jobs if not (resumes and job.path.exists())]  # before any rank writes
     ranks.wait()
     out.mkdir(parents=True, exist_ok=True)
     compiled = config.compile and ranks.device.type == "cuda"
-    width = max(len(ids) for ids in text_tokenizer([job.prompt for job in jobs], add_special_tokens=False).input_ids) if compiled else 0
-    draw = functools.partial(generate, lm, text_tokenizer, guidance=config.guidance, temperature=config.temperature, top_k=config.top_k,
-                             top_p=config.top_p, width=width, compiled=compiled)
+    width = max(map(len, text_tokenizer([job.prompt for job in jobs], add_special_tokens=False).input_ids)) if compiled else 0
+    how = config.guidance, config.temperature, config.top_k, config.top_p, width, compiled
     if config.bench:
-        timed = bench(config, ranks, steps=visual["tokens"], unit="codes")
-        while not next(timed): draw([jobs[0].prompt] * config.batch_size, range(config.batch_size))
+        timed, prompts = bench(config, ranks, steps=N, unit="codes"), [jobs[0].prompt] * config.batch_size
+        while not next(timed): generate(lm, text_tokenizer, prompts, range(config.batch_size), *how)
         return
-    todo, each, shown = todo[ranks.rank::ranks.size], len(jobs[0].seeds), []  # each: pictures in a file; shown: the first 64, for a grid
-    at_once = max(1, min(config.batch_size // each, len(todo)))               # files
-    bar = tqdm(total=len(todo) * each * visual["tokens"], desc=f"sampling {len(todo)} of {len(jobs)} files", unit="code", disable=not ranks.first)
+    todo, each, shown = todo[ranks.rank::ranks.size], len(jobs[0].numbers), []  # each: pictures a file; shown: in a grid
+    at_once = max(1, min(config.batch_size // each, len(todo)))  # files
+    bar = tqdm(total=len(todo) * each * N, desc=f"sampling {len(todo)} of {len(jobs)}", unit="code", disable=not ranks.first)
     for part in torch.utils.data.BatchSampler(todo, at_once, drop_last=False):
-        fill = (part * at_once)[:at_once] if compiled else part               # a compiled step has one batch size
-        codes = draw([job.prompt for job in fill for _ in job.seeds], [seed for job in fill for seed in job.seeds], bar=bar)[:len(part) * each]
-        images = resize(tokenizer.detokenize(codes).clamp(0, 1), resolution).cpu()         # (b each, 3, resolution, resolution)
+        fill = (part * at_once)[:at_once] if compiled else part  # a compiled step has one batch size
+        prompts = [job.prompt for job in fill for _ in job.numbers]
+        keys = [f"{config.seed + j} {job.prompt}" for job in fill for j in job.numbers]  # no two captions share chance
+        codes = generate(lm, text_tokenizer, prompts, [zlib.crc32(key.encode()) for key in keys], *how, bar)[:len(part) * each]
+        images = tokenizer.detokenize(codes).clamp(0, 1).cpu()  # (b each, 3, H, W)
         for job, pictures in zip(part, images.split(each)):
             job.path.parent.mkdir(parents=True, exist_ok=True)
             if job.line: (job.path.parents[1] / "metadata.jsonl").write_text(job.line, "utf-8")
-            partial = job.path.with_name(f".{job.path.stem}.partial.png")     # the whole file or none
-            save_image(pictures, partial, nrow=2, padding=0)                  # one picture, or a 2 x 2 grid without gaps
+            partial = job.path.with_name(f".{job.path.stem}.partial.png")  # the whole file or none
+            save_image(pictures, partial, nrow=2, padding=0)  # one picture, or a 2 x 2 grid without gaps
             partial.replace(job.path)
         shown.extend(images[:64 - len(shown)])
     bar.close()
     ranks.wait()
-    if ranks.first and not (config.dpg or config.geneval): save_image(shown, out / "grid.png", nrow=8)
-    ranks.say(f"\n{len(jobs)} pictures in {out}" + ("" if config.dpg or config.geneval else f"; {len(shown)} of them together in grid.png"))
+    if ranks.first and not resumes: save_image(shown, out / "grid.png", nrow=8)
+    ranks.say(f"\n{len(jobs)} pictures in {out}" + ("" if resumes else f"; {len(shown)} of them together in grid.png"))
 
-if __name__ == "__main__":
-    command_line(main)
+if __name__ == "__main__": command_line(main)

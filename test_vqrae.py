@@ -4,6 +4,7 @@ VQRAE_SLOW=1 pytest -s      the measurements too
 
 First the invariants of the method, then the shapes world and the data, last the scripts run as a user runs them.
 """
+import contextlib
 import gc
 import gzip
 import io
@@ -474,16 +475,15 @@ def test_a_malicious_checkpoint_executes_nothing(tmp_path):
     assert not (tmp_path / "harm").exists()
 
 
-def test_a_failed_write_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_last_checkpoint_whole(tmp_path):
     path = tmp_path / "c.pt"
     vqrae.save_checkpoint(path, dict(step=1))
 
     def full_disk(state, file):
         file.write(b"half")
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(vqrae.torch, "save", full_disk)
-    with pytest.raises(UserError, match="the previous one, which is whole"):
-        vqrae.save_checkpoint(path, dict(step=2))
+    with pytest.raises(UserError, match="the previous one is whole"):
+        vqrae.save_checkpoint(path, dict(step=2), full_disk)
     assert vqrae.load_checkpoint(path) == dict(step=1) and list(tmp_path.iterdir()) == [path]
 
 
@@ -1447,6 +1447,8 @@ def test_tokenizing_goes_on_where_it_was_killed(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(VQRAE, "tokenize", counts)
     flags = ["--data", str(tmp_path / "data"), "--batch_size", "4", "--total_steps", "1", "--val_images", "2", "--device", "cpu",
              "--tokenizer", str(trained[0] / "tokenizer"), "--out_dir"]
+    with files_of_at_most(10_000): assert "free some space" in run_inside("train_ar.py", *flags, str(tmp_path / "one"))
+    assert seen == [8] and not [*(tmp_path / "one").glob("codes-train*")]     # those of validation are few
     assert run_inside("train_ar.py", *flags, str(tmp_path / "one")) == "killed"
     assert run_inside("train_ar.py", *flags, str(tmp_path / "one")) == "no error" and seen == [8, 64, 64, 24]
     assert run_inside("train_ar.py", *flags, str(tmp_path / "two")) == "no error" and sum(seen[4:]) == 160
@@ -1710,15 +1712,21 @@ def test_a_rank_that_fails_ends_all_with_one_message(trained, tmp_path):
     assert "train_tokenizer.py\", line" not in done.stderr                   # no traceback of ours
 
 
-def test_a_tokenizer_is_written_or_said_not_to_be_and_read_whole_or_not(small, tmp_path):
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """A full disk, nearly: what writes more bytes to a file fails."""
     if sys.platform != "linux": pytest.skip("limits a file's size as Linux does")
     import resource
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
-        with pytest.raises(UserError, match="cannot write"): vqrae.save_tokenizer(small, tmp_path / "tokenizer")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+        yield
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+def test_a_tokenizer_is_written_or_said_not_to_be_and_read_whole_or_not(small, tmp_path):
+    with files_of_at_most(10_000), pytest.raises(UserError, match="cannot write"): vqrae.save_tokenizer(small, tmp_path / "tokenizer")
     vqrae.save_tokenizer(small, tmp_path / "tokenizer")
     torch.testing.assert_close(VQRAE.from_pretrained(str(tmp_path / "tokenizer")).state_dict(), small.state_dict())
     state = vqrae.load_file(tmp_path / "tokenizer" / "model.safetensors")
@@ -1748,7 +1756,10 @@ def test_stage_2_wants_the_stage_1_that_it_began_from_with_its_encoder_frozen(tr
     assert run_inside("train_tokenizer.py", *new) == "no error"
     stage2 = [*WEE, "--out_dir", str(tmp_path), "--stage", "2"]
     assert run_inside("train_tokenizer.py", *stage2) == "no error"
+    assert run_inside("train_tokenizer.py", *new, "--resume") == "no error"   # finished long ago:
+    assert (tmp_path / "tokenizer").resolve().name == "tokenizer-stage2"      # not the newest
     assert run_inside("train_tokenizer.py", *new, "--overwrite", "--seed", "1") == "no error"
+    assert (tmp_path / "tokenizer").resolve().name == "tokenizer-stage1"
     assert run_inside("train_tokenizer.py", *stage2, "--resume", "--total_steps", "8") == "no error"        # of the same VFM: all else is in stage2.pt
     assert "does not fit these flags" in run_inside("train_tokenizer.py", *stage2, "--resume", "--total_steps", "9", "--disc_width", "8")
     assert run_inside("train_tokenizer.py", *new, "--overwrite", "--encoder_lr", "0.01") == "no error"
