@@ -363,11 +363,9 @@ def main():
     if not os.access(out, os.W_OK): raise UserError(f"--out_dir {out} cannot be written to")
     if (config.generation or config.vqa or config.curves) and not ranks.first: return
     if config.curves: return draw_curves(out)
-    task, load = evaluate, lambda _, folder: load_tokenizer(folder)
-    if config.generation: task, load = generation, load_generator
-    if config.vqa: task, load = vqa, load_mllm
+    task = generation if config.generation else vqa if config.vqa else evaluate
     folders = config.tokenizers or [f"{config.out_dir}/tokenizer"]
-    for folder in folders[1:]: load(config.out_dir, folder)  # or the first's hour would be lost
+    for folder in folders[1:]: load_tokenizer(folder)  # or the first's hour would be lost
     results = {folder: task(folder, config, ranks) for folder in folders}
     if not ranks.first: return
     print(table(results))

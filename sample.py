@@ -57,7 +57,6 @@ class SampleConfig:
             raise UserError("nothing to do, or too much: --prompt or --prompts, or --geneval, or --dpg, or --image with --ask")
         check_least(self, batch_size=1, num_images=0, bench=0)
         if self.dpg and self.num_images not in (0, 4): raise UserError("--dpg makes 4 pictures a prompt: leave --num_images out")
-        check_options(self.guidance, self.temperature, self.top_k, self.top_p)
         self.dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 PRESETS = {"config tiny": dict(precision="float32", guidance=2.0, temperature=1.0, top_k=0, top_p=0.6)}  # [ours] measured
@@ -111,6 +110,7 @@ def generate(lm, text_tokenizer, prompts, seeds, guidance=1, temperature=1, top_
     width: least columns for captions: equal shapes spare compilations. compiled: by torch.compile, for GPUs. bar: tqdm."""
     check_options(guidance, temperature, top_k, top_p)
     visual, device, B, N = lm.config.visual, lm.device, len(prompts), lm.config.visual["tokens"]
+    for text in filter(None, prompts): check_text(text, f"prompt {text[:40]!r}", text_tokenizer, visual["max_length"] - N - 2)
     chance = torch.stack([uniform(seed, N) for seed in seeds]).to(device)  # (B, N): the only randomness
     texts = [*prompts] + [""] * (B if guidance != 1 else 0)  # guided: the unconditional half comes second
     ids, mask = (F.pad(t, (max(0, width + 1 - t.shape[1]), 0)).to(device) for t in layout(text_tokenizer, visual, texts))
@@ -137,6 +137,8 @@ def generate(lm, text_tokenizer, prompts, seeds, guidance=1, temperature=1, top_
 @torch.no_grad()
 def answer(mllm, text_tokenizer, Z_I, questions, max_new_tokens=64):
     """Features (B, N, d) of B images and a question about each -> B answers, the likeliest word by word."""
+    room = mllm.lm.config.understand["max_length"] - Z_I.shape[1] - 12  # USER: ASSISTANT:
+    for text in questions: check_text(text, f"question {text[:40]!r}", text_tokenizer, room)
     chats = [chat(text_tokenizer, Z_I.shape[1], None, False, [(f"<image>\n{text}", None)])["ids"] for text in questions]
     ids, mask = (t.to(Z_I.device) for t in pad_ids(chats))
     ids = mllm.lm.generate(inputs_embeds=mllm.embed(ids, Z_I), attention_mask=mask, max_new_tokens=max_new_tokens,
@@ -147,8 +149,6 @@ def converse(config, device):
     mllm, text_tokenizer, tokenizer = load_mllm(config.out_dir, config.tokenizer, device, config.dtype)
     with explained(f"--image {config.image} cannot be read as an image"): X = square(config.image, tokenizer.config.image_size)
     asked = [question.replace("<image>", "").strip() for question in config.ask]  # which answer() puts first itself
-    room = mllm.lm.config.understand["max_length"] - tokenizer.config.num_tokens - 12  # USER: ASSISTANT:
-    for question in asked: check_text(question, f"--ask {question[:40]!r}", text_tokenizer, room)
     Z_I = tokenizer.encode(X[None].to(device)).expand(len(asked), -1, -1)
     for question, text in zip(asked, answer(mllm, text_tokenizer, Z_I, asked)): print(question, text)
 

@@ -666,6 +666,7 @@ def test_every_kind_of_picture_decodes():
     assert near(tt.decode(encoded(Image.new("L", (40, 30), 77))), (77, 77, 77))
     assert near(tt.decode(encoded(Image.new("I;16", (40, 30), 200 * 257))), (200, 200, 200))
     assert near(tt.decode(encoded(Image.new("I;16", (40, 30), 200))), (1, 1, 1))       # dark, not eight bits
+    with pytest.raises(ValueError, match="floats"): tt.decode(encoded(Image.new("F", (40, 30), 0.5), "TIFF"))       # skipped and named, not black
     exif = Image.Exif()
     exif[0x0112] = 6                                                          # stored on its side
     assert tt.decode(encoded(red, "JPEG", exif=exif)).size == (30, 40)
@@ -751,9 +752,12 @@ def test_captions_and_classes(folder, capsys):
     links.mkdir()
     (links / "there").symlink_to(folder / "b")
     assert [item["text"] for item in map(tt.Images(str(links), 32, in_order=True).__getitem__, range(12))].count("one") == 1
+    (links / "back").symlink_to("."), (links / "too").symlink_to("there"), (folder / "b" / "up").symlink_to(links)
+    assert len(tt.Images(str(links), 32)) == 12                               # each folder once, or held-out pictures would be trained on
+    (folder / "b" / "up").unlink()
     (folder / "a" / "metadata.jsonl").write_text('\ufeff{"file_name": "00.png", "text": "zero"}\n{"file_name": "01.PNG", "text": "lost"}\n')
     tt.Images(str(folder), 32)
-    assert f"1 of 2 rows name no image, first {str(folder / 'a' / '01.PNG')!r}" in capsys.readouterr().out
+    assert f"1 of 2 rows name no image: {folder / 'a' / '01.PNG'}" in capsys.readouterr().out
     for second in ('{"file_na', '{"file_name": "01.png", "text": ["a", "list"]}'):
         (folder / "a" / "metadata.jsonl").write_text('{"file_name": "00.png"}\n\n' + second)
         with pytest.raises(UserError, match="metadata.jsonl, line 3"):
@@ -825,6 +829,13 @@ def test_tar_shards_hold_the_same_images(folder, tmp_path, capsys, monkeypatch):
     (tmp_path / "z.tar").write_bytes(gzip.compress((tmp_path / "s-00.tar").read_bytes()))      # whose offsets are not those in the file
     with pytest.raises(UserError, match="no readable shard.*z.tar, as an uncompressed tar"):
         tt.Images(str(tmp_path / "z.tar"), 32, folder=str(tmp_path / "run"))
+    for name in ("one.png", "two.png"): shutil.copy(files[0], tmp_path / name)
+    (tmp_path / "one.txt").write_text("the same")
+    (tmp_path / "two.txt").hardlink_to(tmp_path / "one.txt")                  # which tar stores by name alone
+    with tarfile.open(tmp_path / "linked.tar", "w") as tar:
+        for name in ("one.png", "one.txt", "two.png", "two.txt"): tar.add(tmp_path / name, name)
+    linked = tt.Images(str(tmp_path / "linked.tar"), 32, folder=str(tmp_path / "run"))
+    assert [linked[i]["text"] for i in (0, 1)] == ["the same"] * 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1295,6 +1306,7 @@ def test_generator_end_to_end(generator):
     offset = lm.config.visual["offset"]
     want = lm.generate(input_ids=ids, attention_mask=mask, max_new_tokens=16, do_sample=False, suppress_tokens=list(range(offset)))[:, -16:] - offset
     assert torch.equal(sample.generate(lm, text_tokenizer, prompts, [0, 0, 0], temperature=0), want)
+    with pytest.raises(UserError, match="never learned the word 'giraffe'"): sample.generate(lm, text_tokenizer, ["a giraffe"], [0])
     assert tokenizer.detokenize(together).shape == (3, 3, 32, 32)
     assert sample.generate(lm.bfloat16(), text_tokenizer, prompts, [1, 2, 3], **options).shape == (3, 16)             # the cache follows the type
 
@@ -1414,6 +1426,7 @@ def test_codes_of_a_folder_are_cached_and_refused_when_they_should_be(trained, f
     caption.write_text("one " * 60)
     flags[-3] = str(tmp_path / "long")
     said = run("train_ar.py", *flags, *stage2, "--total_steps", "8")
+    assert "captions are cut after 46 tokens" in said
     prompt = shlex.split(re.search("Next: python (.*)", said)[1])
     assert "error" not in run(*prompt, "--device", "cpu")
     flags[1], flags[-3] = str(tmp_path / "0.tar"), str(tmp_path / "run of shards")
@@ -1521,10 +1534,11 @@ def test_answers_in_a_batch_equal_answers_alone():
     lm, _ = train_ar.build_lm(train_ar.ARConfig(**train_ar.PRESETS["config tiny"]), ["one two three"])
     lm.resize_token_embeddings(len(words))
     torch.nn.init.normal_(lm.get_output_embeddings().weight)
-    mllm, Z_I = train_ar.MLLM(lm, 8), torch.randn(12, 3, 8) * 9
+    mllm, Z_I, lm.config.understand = train_ar.MLLM(lm, 8), torch.randn(12, 3, 8) * 9, dict(max_length=30)
     together = sample.answer(mllm, words, Z_I, ["is it"] * 12, 8)
     assert together == [sample.answer(mllm, words, z[None], ["is it"], 8)[0] for z in Z_I]
     assert len({len(text.split()) for text in together}) > 2
+    with pytest.raises(UserError, match="never learned the word 'blue'"): sample.answer(mllm, words, Z_I[:1], ["is it blue"])
 
 
 def test_understanding_end_to_end(trained, tmp_path):
@@ -1764,6 +1778,9 @@ def test_stage_2_wants_the_stage_1_that_it_began_from_with_its_encoder_frozen(tr
     assert "does not fit these flags" in run_inside("train_tokenizer.py", *stage2, "--resume", "--total_steps", "9", "--disc_width", "8")
     assert run_inside("train_tokenizer.py", *new, "--overwrite", "--encoder_lr", "0.01") == "no error"
     assert "moved its encoder" in run_inside("train_tokenizer.py", *stage2, "--overwrite")
+    for argv in (["--stage", "0", "--seed", "9"], ["--overwrite"]):           # another VFM, and a stage 1 of it
+        assert run_inside("train_tokenizer.py", *WEE, "--out_dir", str(tmp_path), *argv) == "no error"
+    assert "began from another VFM" in run_inside("train_tokenizer.py", *stage2, "--resume", "--total_steps", "9")
 
 
 def test_a_collapsed_codebook_is_called_out(trained, tmp_path, monkeypatch, capsys):

@@ -128,8 +128,7 @@ def build_lm(config, texts):  # the language model as it was before pictures, an
     if config.lm == "random":
         text_tokenizer = word_tokenizer(texts)
         with explained(f"--lm random needs --lm_config, JSON of Qwen3Config's values, not {config.lm_config}"):
-            strange = set(config.lm_config) - set(Qwen3Config().to_dict())  # it would take any name in silence
-            if strange: raise ValueError(f"it has no {', '.join(strange)}")
+            if strange := {*config.lm_config} - {*Qwen3Config().to_dict()}: raise ValueError(f"it has no {', '.join(strange)}")
             lm = Qwen3ForCausalLM(Qwen3Config(**config.lm_config | dict(vocab_size=len(text_tokenizer))))
             lm(torch.zeros(1, 2, dtype=torch.int64))  # numbers of heads that do not go together fail here
         nn.init.normal_(lm.get_input_embeddings().weight)  # smaller ones drown in the first layer: README
@@ -167,8 +166,9 @@ def pad_ids(rows, side="left"):  # B lists of ids -> ids and mask, (B, L) each; 
 def layout(text_tokenizer, visual, texts, codes=None):
     """B captions, their codes (B, N) -> ids and mask (B, T + N + 2), as drawn above; without codes (B, T + 1): prompts,
     padded on the left to end with BOI. T: the longest caption's length. Captions beyond max_length are cut."""
-    room = visual["max_length"] - visual["tokens"] - 2
-    rows = [ids[:room] + [visual["boi"]] for ids in text_tokenizer(texts, add_special_tokens=False).input_ids]
+    room, encoded = visual["max_length"] - visual["tokens"] - 2, text_tokenizer(texts, add_special_tokens=False).input_ids
+    if max(map(len, encoded)) > room: note(f"note: captions are cut after {room} tokens, for --max_length")
+    rows = [ids[:room] + [visual["boi"]] for ids in encoded]
     if codes is None: return pad_ids(rows)
     pictures = (codes + visual["offset"]).tolist()
     return pad_ids([row + picture + [visual["eoi"]] for row, picture in zip(rows, pictures)], "right")
@@ -186,24 +186,24 @@ class PictureLM(nn.Module):  # the language model as it is trained
         return visual_logits(self.lm, x.take_along_dim(at[..., None], 1))
 
 def identity(path):  # a hash of the weights of a tokenizer (folder) or a teacher (file)
-    file = Path(path, "model.safetensors") if Path(path).is_dir() else path
-    return hashlib.sha256(np.memmap(file, mode="r")).hexdigest()[:16]
+    if Path(path).is_dir(): path = Path(path, "model.safetensors")
+    return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()[:16]
 def load_generator(out_dir, tokenizer_folder, device="cpu", dtype=torch.float32):
     """-> language model, its text tokenizer, and the VQRAE tokenizer of its codes, checked to belong together."""
     folder, tokenizer = Path(out_dir) / "ar", load_tokenizer(tokenizer_folder, device)
     with explained(f"no whole generator in {folder}: train_ar.py makes one, --resume finishes one"):
         (folder / "config.json").stat()  # what is not here, transformers would look for on the hub
         lm, text_tokenizer = read_lm(folder, dtype)
-        check_same(lm.config.visual, dict(tokenizer=identity(tokenizer_folder)), f"{folder} is of another --tokenizer")
+        check_same(lm.config.visual, dict(tokenizer=identity(tokenizer_folder)), f"{folder} is of another tokenizer: pass that")
     return lm.to(device).eval(), text_tokenizer, tokenizer
 
 # ---- Codes are computed once, and kept: those of files on disk, those of shapes (a fifth of a step) in memory.
 def open_codes(source, part, config, tokenizer, which, ranks):
     """Codes and captions of `source`, a memory-mapped array of records: codes-PART-TOKENIZER-DATA.npy. None for shapes."""
     if source == "shapes": return None
-    size = tokenizer.config.image_size
     with ranks.first_alone():  # in order; centre crop [T9]
-        dataset = Images(source, size, in_order=True, part="all" if config.val_data else part, folder=config.out_dir)
+        dataset = Images(source, tokenizer.config.image_size, in_order=True, folder=config.out_dir,
+                         part="all" if config.val_data else part)
     if not any(record["label"] or record["text"] for record in map(dataset.record, range(len(dataset)))):
         raise UserError(f"no {part} image of {source} has caption or class: add metadata.jsonl or .txt (README)")
     if source.endswith(".tar"): images = fingerprint(dataset.records.paths, len(dataset))
@@ -214,7 +214,7 @@ def open_codes(source, part, config, tokenizer, which, ranks):
     path = Path(config.out_dir) / f"codes-{part}-{which}-{images}.npy"
     if path.is_file(): return np.load(path, mmap_mode="r")
     if other := next(path.parent.glob(f"codes-{part}-*.npy"), None):
-        what = "other images, path or --val_data" if which in other.name else "another tokenizer"
+        what = "other images, captions, path or --val_data" if which in other.name else "another tokenizer"
         raise UserError(f"{other} is of {what}: delete it to replace it, or keep the runs apart with --out_dir")
     partial = path.with_suffix(".partial")
     if ranks.first and not partial.exists():  # else a killed run's is gone on with
@@ -226,7 +226,7 @@ def open_codes(source, part, config, tokenizer, which, ranks):
     first, end = len(rows) * ranks.rank // ranks.size, len(rows) * (ranks.rank + 1) // ranks.size  # this rank's share
     todo = (first + np.flatnonzero(~rows["done"][first:end])).tolist()
     bar = tqdm(todo, f"codes-{part}", unit="image", disable=not ranks.first)
-    for i, batch in enumerate(batches(dataset, size, bar, 64, config.num_workers, ranks.device)):
+    for i, batch in enumerate(batches(dataset, tokenizer.config.image_size, bar, 64, config.num_workers, ranks.device)):
         here = todo[64 * i:64 * (i + 1)]
         texts = [(text or label).encode(errors="replace") for text, label in zip(batch["text"], batch["label"])]
         if max(map(len, texts)) > 1024: note("note: captions are cut after 1,024 bytes")
@@ -313,9 +313,8 @@ def square(file, size):  # an image file -> (3, size, size) in [0, 1], padded wi
     return crop(ImageOps.pad(decode(Path(file).read_bytes()), (size, size), color=(127, 127, 127)), size) / 255
 
 def questions(index, scene):
-    """Picture numbers (B,) and their Scene -> each picture's {question: (kind, answer)}, shuffled: one of presence, one of
-    counting, up to two of color and of position, about different objects: more would answer one another. But for counting, the
-    object's name comes last: a small model that has learned to look for the last word can use that for all kinds."""
+    """Picture numbers (B,), their Scene -> for each {question: (kind, answer)}, shuffled: presence, counting, up to two of color
+    and position, about different objects: more would answer one another. Names come last, where a small model learns to look."""
     out, names = [], list(COLORS)
     columns = (t.tolist() for t in (scene.count, scene.shape, scene.color, scene.x, scene.y))
     for u, n, shapes, colors, xs, ys in zip(hashed(index, 60)[:, 48:].tolist(), *columns):

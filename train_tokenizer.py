@@ -110,6 +110,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 def decode(data):
     """Bytes of any image PIL reads -> upright RGB PIL image; transparency on white, the first frame of an animation."""
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    if image.mode == "F": raise ValueError("its pixels are floats, of unknown range")
     if image.mode.startswith("I"): image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))  # of 16 bits
     if image.has_transparency_data: image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
@@ -149,8 +150,7 @@ class Images(Dataset):
             try:
                 return self.load(record, u) | dict(skipped="\n".join(skipped))
             except Exception as error:  # PIL raises anything on damaged files
-                why = " ".join(str(error).split()).partition(" <_io")[0]  # without the address it ends with
-                skipped.append(f"{record['name']}: {why}")
+                skipped.append(f"{record['name']}: {' '.join(str(error).split())}".partition(" <_io")[0])  # without PIL's address
         raise UserError(f"no readable image in {self.source}: the first is {skipped[0]}")
 
 def read_bytes(path, offset, size): return np.fromfile(path, np.uint8, size, offset=offset).tobytes()  # size -1: to the end
@@ -158,7 +158,10 @@ def read_folder(folder):
     """Images below `folder`, sorted; caption and class from metadata.jsonl, else a .txt beside it and its folder's name."""
     folder = Path(folder or "''")  # no name is not the current folder
     if not folder.is_dir(): raise UserError(f"{folder}: no such folder (data is shapes, a folder, or 'shards-{{000..127}}.tar')")
-    paths = [Path(where, name) for where, _, names in os.walk(folder, followlinks=True) for name in names]
+    paths, seen = [], {}
+    for where, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: note(f"skipped {error}")):
+        if seen.setdefault(os.path.realpath(where), where) != where: folders[:] = names = []  # a link led back
+        paths += [Path(where, name) for name in names]
     files = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     if not files: raise UserError(f"{folder}: no images in it ({' '.join(sorted(IMAGE_SUFFIXES))}); or 'NAME-{{000..127}}.tar'")
     rows, records = {}, []
@@ -168,8 +171,7 @@ def read_folder(folder):
             with explained(f"{metadata}, line {number}: not JSON with a file_name and a text: {line[:60]!r}; mend or remove it"):
                 row = json.loads(line)
                 rows[metadata.parent / row["file_name"]] = row | dict(text=row.get("text") and row["text"].strip())  # no list
-    if lost := sorted({*rows} - {*files}):
-        note(f"metadata.jsonl: {len(lost)} of {len(rows)} rows name no image, first {str(lost[0])!r}")
+    if lost := sorted({*rows} - {*files}): note(f"metadata.jsonl: {len(lost)} of {len(rows)} rows name no image: {lost[0]}")
     for path in files:
         row, beside = rows.get(path, {}), path.with_suffix(".txt")
         text, label = row.get("text"), row.get("label")
@@ -206,8 +208,9 @@ class Shards:
             with tarfile.open(path, "r:") as tar:  # not compressed: offsets are those in the file
                 for member in tar:
                     key, suffix = os.path.splitext(member.name)
+                    if member.islnk(): member = tar.getmember(member.linkname)  # a hard link has no content of its own
                     members.setdefault(key, {})[suffix.lower()] = (member.offset_data, member.size)
-        except (OSError, tarfile.TarError) as error:
+        except (OSError, KeyError, tarfile.TarError) as error:
             errors.append(f"; {path}, as an uncompressed tar: {error}")
         for key, parts in members.items():
             images, name = sorted(IMAGE_SUFFIXES & parts.keys()), key.encode("utf-8", "surrogateescape")
@@ -384,6 +387,8 @@ def train(config, model_config, ranks):
         perceptual = None if kind == "none" else PerceptualLoss(kind, config.lpips_weights, config.convnext_weights)
     torch.manual_seed(config.seed)
     model, teacher = starting_point(config, model_config, ranks, resumed, source)
+    VFM = zlib.crc32(teacher.vit.patch_embed.proj.weight.cpu().numpy())  # tells it from others
+    if resumed: check_same(resumed, dict(VFM=VFM), f"{path} began from another VFM: pass the run that has it with --init_from")
     if perceptual: perceptual.vfm = teacher
     torch.manual_seed(config.seed)  # again: the same whether stage 0 ran just now or not
     discriminator = Discriminator(config.disc_width) if config.disc_start >= 0 else None
@@ -435,7 +440,7 @@ def train(config, model_config, ranks):
         last = step == config.total_steps
         if ranks.first and step > first_step and (stop or due(step, config.save_every, config)):
             state = {name: part and part.state_dict() for name, part in parts.items()}
-            state |= dict(step=step, rng=torch.get_rng_state(), config=asdict(config), model_config=asdict(model_config))
+            state |= dict(step=step, rng=torch.get_rng_state(), VFM=VFM, config=asdict(config), model_config=asdict(model_config))
             save_checkpoint(path, state)
         if ranks.first and due(step, config.eval_every, config):
             val_psnr, val_usage = validate(ema, val_data, config, device, pictures)

@@ -112,8 +112,7 @@ def to_timm_keys(state):
     out = {timm_key(key): value for key, value in state.items()}
     if "pos_embed" in out and out["pos_embed"].ndim == 2: out["pos_embed"] = out["pos_embed"][None]  # SigLIP's
     for key in [key for key in out if ".q_proj." in key]:
-        parts = [out.pop(key.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
-        out[key.replace("q_proj", "qkv")] = torch.cat(parts)
+        out[key.replace("q_proj", "qkv")] = torch.cat([out.pop(key.replace("q_proj", f"{letter}_proj")) for letter in "qkv"])
     return out
 def timm_key(key):  # a weight's name in transformers' vision towers -> timm's; timm's own pass unchanged
     renames = ((r"\bembeddings\.", ""), (r"patch_embedding(s\.projection)?", "patch_embed.proj"), ("layernorm_before", "norm1"),
@@ -389,7 +388,7 @@ def save_tokenizer(model, folder, teacher=None):
     folder = Path(folder).resolve()  # a link's own folder
     ours = {"config.json", "model.safetensors", "teacher.safetensors", "README.md"}
     strange = {path.name for path in folder.glob("[!.]*")} - ours
-    if strange: raise UserError(f"{folder} holds {min(strange)}, which no tokenizer does: move it, or name another folder")
+    if strange: raise UserError(f"{folder} holds {min(strange)}, which no tokenizer does: move it away (a run: then --resume)")
     partial = Path(f"{folder}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     with explained(f"cannot write {folder}: free some space, then --resume"):
@@ -458,8 +457,7 @@ def parse_config(cls, presets={}, model_class=None, argv=None, **implied):
              list: dict(action="append", metavar="TEXT"), tuple: dict(nargs="*")}  # a flag to repeat, and words without a flag
     for f in [f for c in classes for f in fields(c)]:
         choices = tuple(MODELS) if f.name == "config" else get_args(f.type)
-        if choices: how = dict(type=type(choices[0]), choices=choices)
-        else: how = kinds.get(f.type, dict(type=f.type))
+        how = dict(type=type(choices[0]), choices=choices) if choices else kinds.get(f.type, dict(type=f.type))
         if f.name == "bench": how |= dict(nargs="?", const=5)  # --bench alone
         parser.add_argument(f.name if f.type is tuple else f"--{f.name}", help=comments[f.name].replace("%", "%%"), **how)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value != []}
