@@ -365,7 +365,7 @@ def main():
     if config.curves: return draw_curves(out)
     task = generation if config.generation else vqa if config.vqa else evaluate
     folders = config.tokenizers or [f"{config.out_dir}/tokenizer"]
-    for folder in folders[1:]: load_tokenizer(folder)  # or the first's hour would be lost
+    for folder in folders[1:]: load_tokenizer(folder)  # what is none is told before the first's hour is lost
     results = {folder: task(folder, config, ranks) for folder in folders}
     if not ranks.first: return
     print(table(results))

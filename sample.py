@@ -77,8 +77,8 @@ def choose(logits, u, temperature, top_k, top_p):
         if (top.sum(1) < top_p).any(): top = p.sort(1, descending=True).values
         last = (top.cumsum(1) < top_p).sum(1, keepdim=True)  # (B, 1), where their sum reaches top_p
         p = p * (p >= top.gather(1, last.clamp(max=top.shape[1] - 1)))
-    below = p.cumsum(1)  # (B, k)
-    return torch.searchsorted(below, u[:, None] * below[:, -1:], right=True)[:, 0].clamp(max=p.shape[1] - 1)
+    total = p.cumsum(1)  # (B, k)
+    return torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0].clamp(max=p.shape[1] - 1)
 
 def attend(module, q, k, v, allowed, scaling, **_):
     """q (R, H, L, a) attends to the first n of the cached k, v (R, h, length, a) where `allowed` (R, 1, L, n). a: a head's width.
@@ -128,7 +128,7 @@ def generate(lm, text_tokenizer, prompts, seeds, guidance=1, temperature=1, top_
             codes.append(choose(logits, chance[:, n], temperature, top_k, top_p))
             ids = (codes[-1] + visual["offset"]).repeat(R // B)[:, None]  # (R, 1)
             positions = positions[:, -1:] + 1
-            allowed = F.pad(seen[..., :P + n + 1], (0, N - 2 - n if compiled else 0))  # compiled: always one shape
+            allowed = F.pad(seen[..., :P + n + 1], (0, N - 2 - n if compiled else 0))  # (R, 1, 1, P + n + 1); compiled: one shape
             if bar is not None: bar.update(B)
     finally: lm.set_attn_implementation(usual)
     return torch.stack(codes, 1)  # (B, N)
@@ -187,7 +187,7 @@ def check_text(text, where, text_tokenizer, room):
     if unknown in ids:
         word = text[slice(*encoded.offset_mapping[ids.index(unknown)])]
         known = sorted(entry for entry in text_tokenizer.get_vocab() if not entry.startswith("<"))
-        raise UserError(f"{where}: this model never learned the word {word!r}. It knows {len(known)}: {' '.join(known[:60])}")
+        raise UserError(f"{where}: this model never learned the word {word!r}, but {len(known)} like {' '.join(known[:60])}")
 
 def main():
     config, _, origin = parse_config(SampleConfig, PRESETS)

@@ -133,7 +133,7 @@ def build_lm(config, texts):  # the language model as it was before pictures, an
             lm(torch.zeros(1, 2, dtype=torch.int64))  # numbers of heads that do not go together fail here
         nn.init.normal_(lm.get_input_embeddings().weight)  # smaller ones drown in the first layer: README
         return lm, text_tokenizer
-    with explained(f"--lm {config.lm} is neither a folder nor a name on the hub of a language model"):
+    with explained(f"--lm {config.lm} is neither a folder nor a name on the hub of a whole language model"):
         if not Path(config.lm).is_dir():  # without network this fails within seconds
             hub_file(config.lm, "config.json", f"run `hf download {config.lm}` there, and pass its folder with --lm FOLDER")
         return read_lm(config.lm)
@@ -144,8 +144,8 @@ def read_lm(name, dtype=torch.float32):  # by itself transformers would keep the
 
 @torch.no_grad()
 def grow_vocabulary(lm, text_tokenizer, tokenizer, which, max_length):
-    """Give `lm` rows for the codes, and for BOI and EOI if it lacks them, after its own, of which Qwen3 has more (151936) than
-    tokens (151669). Those of codes are random projections of C W: codes that look alike begin alike (README)."""
+    """Append rows to the embedding table of `lm`: BOI and EOI if it lacks them, then the k codes, random projections of C W, so
+    that codes alike begin alike (README). Its own rows are more (Qwen3: 151936) than its tokens (151669). which: identity()."""
     text_tokenizer.add_tokens([BOI, EOI], special_tokens=True)
     k, e, N = tokenizer.config.codebook_size, tokenizer.config.codebook_dim, tokenizer.config.num_tokens
     old, hidden, offset = lm.config.vocab_size, lm.config.hidden_size, max(lm.config.vocab_size, len(text_tokenizer))
@@ -172,7 +172,7 @@ def layout(text_tokenizer, visual, texts, codes=None):
     if codes is None: return pad_ids(rows)
     pictures = (codes + visual["offset"]).tolist()
     return pad_ids([row + picture + [visual["eoi"]] for row, picture in zip(rows, pictures)], "right")
-def visual_logits(lm, hidden):  # (..., hidden) -> (..., k), of codes alone: Qwen3's 151936 cost ten times as much
+def visual_logits(lm, hidden):  # (..., hidden) -> (..., k): a picture has no words, and Qwen3's 151936 cost ten times as much
     return F.linear(hidden, lm.get_output_embeddings().weight[lm.config.visual["offset"]:])
 
 class PictureLM(nn.Module):  # the language model as it is trained
@@ -180,7 +180,7 @@ class PictureLM(nn.Module):  # the language model as it is trained
         super().__init__()
         self.lm = lm
     def forward(self, ids, mask):  # layouts, (B, T + N + 2) each -> logits of v_1 ... v_N, (B, N, k)
-        # Padding comes last, where causal attention never looks: without a mask it is faster. v_N and EOI predict nothing.
+        # Padding comes last, where causal attention never looks: no mask, faster. `at`: BOI, v_1 ... v_(N-1), which predict.
         x = self.lm.model(ids[:, :-2], dict(full_attention=None), use_cache=False).last_hidden_state  # (B, T + N, hidden)
         at = mask.sum(1, keepdim=True) - 2 + torch.arange(-self.lm.config.visual["tokens"], 0, device=ids.device)  # (B, N)
         return visual_logits(self.lm, x.take_along_dim(at[..., None], 1))
@@ -197,7 +197,7 @@ def load_generator(out_dir, tokenizer_folder, device="cpu", dtype=torch.float32)
         check_same(lm.config.visual, dict(tokenizer=identity(tokenizer_folder)), f"{folder} is of another tokenizer: pass that")
     return lm.to(device).eval(), text_tokenizer, tokenizer
 
-# ---- Codes are computed once, and kept: those of files on disk, those of shapes (a fifth of a step) in memory.
+# ---- Codes are computed once and kept: a file's on disk, those of shapes (to draw them costs a fifth of a step) in memory.
 def open_codes(source, part, config, tokenizer, which, ranks):
     """Codes and captions of `source`, a memory-mapped array of records: codes-PART-TOKENIZER-DATA.npy. None for shapes."""
     if source == "shapes": return None
@@ -219,7 +219,7 @@ def open_codes(source, part, config, tokenizer, which, ranks):
     partial = path.with_suffix(".partial")
     if ranks.first and not partial.exists():  # else a killed run's is gone on with
         codes = ("codes", "<u2" if tokenizer.config.codebook_size <= 1 << 16 else "<u4", tokenizer.config.num_tokens)
-        empty = np.zeros(len(dataset), [codes, ("text", "S1024"), ("done", "?")])
+        empty = np.broadcast_to(np.zeros((), [codes, ("text", "S1024"), ("done", "?")]), len(dataset))  # takes no memory
         save_checkpoint(partial, empty, lambda rows, file: np.save(file, rows))  # in full: a disk that fills later is a bus error
     ranks.wait()
     rows = np.load(partial, mmap_mode="r+")
@@ -268,9 +268,9 @@ class MLLM(nn.Module):  # LLaVA-1.5: a language model that reads Z_I (B, N, d), 
         self.lm, width = lm, lm.get_input_embeddings().embedding_dim
         self.connector = nn.Sequential(nn.Linear(dim, width), nn.GELU(), nn.Linear(width, width))  # [T8] mlp2x_gelu
     def embed(self, ids, Z_I):  # (B, L), (B, N, d) -> (B, L, width)
-        x = self.lm.get_input_embeddings()(ids.clamp(min=0))
+        x = self.lm.get_input_embeddings()(ids.clamp(min=0))  # for IMAGE, -1, any word
         z = self.connector(Z_I.to(self.connector[0].weight.dtype))  # (B, N, width)
-        return x.masked_scatter((ids == IMAGE)[..., None], z.to(x.dtype))
+        return x.masked_scatter((ids == IMAGE)[..., None], z.to(x.dtype))  # z_1 ... z_N in the places of IMAGE, in order
     def forward(self, ids, scored, Z_I):  # (B, L) twice, padded on the right, where no token looks; (B, N, d)
         x = self.lm.base_model(inputs_embeds=self.embed(ids, Z_I), use_cache=False).last_hidden_state  # (B, L, width)
         return self.lm.get_output_embeddings()(x[:, :-1][scored[:, 1:]])  # (answer tokens, vocabulary)
@@ -291,7 +291,7 @@ def swap_encoder(mllm, encoder):
         tower.load_state_dict(state)
     return mllm
 
-class Conversations(Images):  # those of LLaVA's JSON (README shows one) by position
+class Conversations(Images):  # those of LLaVA's JSON (README shows one) by position; Understand sets its `encode`
     def read(self, file, folder):
         folder, records = Path(folder or Path(file).parent), []
         with explained(f"{file}: not LLaVA's JSON, a list of objects"): rows = list.copy(json.loads(Path(file).read_bytes()))
@@ -317,7 +317,7 @@ def questions(index, scene):
     and position, about different objects: more would answer one another. Names come last, where a small model learns to look."""
     out, names = [], list(COLORS)
     columns = (t.tolist() for t in (scene.count, scene.shape, scene.color, scene.x, scene.y))
-    for u, n, shapes, colors, xs, ys in zip(hashed(index, 60)[:, 48:].tolist(), *columns):
+    for u, n, shapes, colors, xs, ys in zip(hashed(index, 60)[:, 48:].tolist(), *columns):  # plan uses 48
         drawn = [SHAPES[s] for s in shapes[:n]]
         things = [(names[c], shape) for c, shape in zip(colors, drawn)]
         i = int(u[0] * n)
@@ -375,7 +375,7 @@ class Generate:  # captions -> codes. The whole language model learns
     def __init__(self, config, ranks, folder, resumed):
         self.config, self.device, self.folder, self.encoder = config, ranks.device, folder, None
         self.tokenizer, self.which = load_tokenizer(config.tokenizer, ranks.device), identity(config.tokenizer)
-        if resumed: check_same(resumed, dict(tokenizer=self.which), f"{folder} learned from another tokenizer: pass that")
+        if resumed: check_same(resumed, dict(tokenizer=self.which), f"{folder} is of another tokenizer: pass it, or --overwrite")
         if self.tokenizer.quantizer is None: raise UserError(f"{config.tokenizer} has no codes: it wants --quantizer simvq")
         least = self.tokenizer.config.num_tokens + 18  # two marks and a caption of 16 tokens
         if config.max_length < least: raise UserError(f"--max_length is at least {least} here, not {config.max_length}")
@@ -424,13 +424,13 @@ class Generate:  # captions -> codes. The whole language model learns
         caption = max(self.fetch(range(16))[1], key=bool)  # the first there is
         return next_command("sample.py", self.config, SHARED, prompt=" ".join(caption.split()[:12]))
 
-class Understand:  # questions -> answers, from the frozen VFM's Z_I. The connector learns, in SFT the LLM too
+class Understand:  # questions -> answers, from the teacher's Z_I. The connector learns, in SFT the LLM too
     def __init__(self, config, ranks, folder, resumed):
         self.config, self.device = config, ranks.device
         model_config = load_tokenizer(config.tokenizer).config  # only its teacher matters here
         understand = reads(config.tokenizer, model_config)
         self.which, self.size, self.tokens = understand["teacher"], model_config.image_size, model_config.num_tokens
-        if resumed: check_same(resumed, dict(tokenizer=self.which), f"{folder} learned from another VFM: pass its --tokenizer")
+        if resumed: check_same(resumed, dict(tokenizer=self.which), f"{folder} is of another VFM than --tokenizer: --overwrite?")
         self.encoder = load_teacher(config.tokenizer, model_config).to(ranks.device)
         if config.max_length <= self.tokens: raise UserError(f"--max_length must exceed the {self.tokens} features of an image")
         if config.data == "shapes":
@@ -531,8 +531,8 @@ def train(config, ranks):
         if step > first_step and (stop or due(step, config.save_every, config)):
             if ranks.size > 1: optimizer.consolidate_state_dict(to=0)  # all ranks send theirs
             if ranks.first:
-                state = dict(model=task.net.state_dict(), optimizer=optimizer.state_dict(), step=step, tokenizer=task.which)
-                save_checkpoint(path, state | dict(config=asdict(config)))
+                save_checkpoint(path, dict(model=task.net.state_dict(), optimizer=optimizer.state_dict(), step=step,
+                                           tokenizer=task.which, config=asdict(config)))  # kept in no variable: it is large
         if ranks.first and due(step, config.eval_every, config):
             task.net.eval()
             with amp, torch.no_grad(), torch.compiler.set_stance("force_eager"):  # of many lengths

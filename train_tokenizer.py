@@ -2,7 +2,7 @@
 Train the VQRAE tokenizer: the paper's two stages, and before them a stage 0 for the tiny config alone.
 
     python train_tokenizer.py                       tiny: pretrain a small VFM on drawn shapes, then stage 1. CPU, no download
-    python train_tokenizer.py --stage 2             everything, with self-distillation
+    python train_tokenizer.py --stage 2             encoder, codebook and decoder, with self-distillation
     torchrun --nproc_per_node=8 train_tokenizer.py --config siglip2_256 --data 'shards-{000..127}.tar'
     ... --resume                                    go on after a stop (on a CPU bit-identical to never having stopped)
     ... --quantizer none                            the RAE baseline; every field of TrainConfig and of VQRAEConfig is a flag
@@ -11,7 +11,7 @@ Train the VQRAE tokenizer: the paper's two stages, and before them a stage 0 for
     stage 1   encoder frozen; codebook and decoder learn to reconstruct       (eq. 4)   -> stage1.pt, tokenizer-stage1/
     stage 2   encoder too, held to its old features by distillation           (eq. 6)   -> stage2.pt, tokenizer-stage2/
 """
-import collections, copy, functools, hashlib, io, itertools, json, math, os, re, tarfile, time, zlib
+import collections, contextlib, copy, functools, hashlib, io, itertools, json, math, os, re, tarfile, time, zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -64,7 +64,7 @@ class TrainConfig:
     random_flip: bool = True        # [T7] horizontal
     # optimisation
     total_steps: int = 100_000      # [T7]
-    lr: float = 4e-4                # [T7] decoder, codebook projection and the two linears beside it
+    lr: float = 4e-4                # [T7] decoder, W, to_code and from_code
     encoder_lr: float = 0.0         # [T7] 0: frozen
     end_lr: float = 1e-4            # [T7] where lr's cosine ends; the other rates fall by the same factor [TiTok]
     warmup_steps: int = 2000        # [T7]
@@ -95,8 +95,8 @@ PRESETS = {
     "stage 2": dict(encoder_lr=1e-5, lr=1e-4, end_lr=1e-5, distill_weight=1.0, disc_start=50_000, total_steps=70_000),
     "config internvit_448": dict(batch_size=768, total_steps=45_000),
     "config internvit_448, stage 2": dict(disc_start=30_000, total_steps=60_000),
+    "config siglip2_base_256": dict(batch_size=256, micro_batch=32),  # [ours]
     # [ours] Tiny takes minutes, not days: fewer steps, higher rates, other weights, no download.
-    "config siglip2_base_256": dict(batch_size=256, micro_batch=32),
     "config tiny": dict(batch_size=16, total_steps=1100, lr=2e-3, end_lr=1e-4, warmup_steps=50, beta2=0.95, precision="float32",
         num_workers=0, perceptual="vfm", perceptual_weight=0.005, disc_width=16, log_every=20, eval_every=300, save_every=300),
     "config tiny, stage 2": dict(total_steps=1150, encoder_lr=1e-3, distill_weight=0.05, disc_start=1090, disc_weight=0.001),
@@ -110,7 +110,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 def decode(data):
     """Bytes of any image PIL reads -> upright RGB PIL image; transparency on white, the first frame of an animation."""
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    if image.mode == "F": raise ValueError("its pixels are floats, of unknown range")
+    if image.mode == "F" or image.mode == "I" and image.getextrema()[1] < 256: raise ValueError("pixels of unknown range")
     if image.mode.startswith("I"): image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))  # of 16 bits
     if image.has_transparency_data: image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
@@ -130,7 +130,7 @@ class Images(Dataset):
     def __init__(self, source, size, seed=0, in_order=False, random_crop=False, random_flip=False, part="all", folder="out"):
         self.source, self.size, self.seed, self.in_order = source, size, seed, in_order
         self.random_crop, self.random_flip = random_crop, random_flip
-        self.records, self.skipped = self.read(source, folder), set()  # folder: for the shards' index
+        self.records, self.skipped = self.read(source, folder), set()  # folder: for the shards' index; a JSON's pictures
         self.chosen = np.arange(len(self.records))  # numbers, no copies: there may be millions
         if part != "all": self.chosen = self.chosen[(self.chosen % 20 == 0) == (part == "val")]
         if not len(self): raise UserError(f"{source}: no images, or too few to hold every 20th out: --val_data names others")
@@ -160,7 +160,8 @@ def read_folder(folder):
     if not folder.is_dir(): raise UserError(f"{folder}: no such folder (data is shapes, a folder, or 'shards-{{000..127}}.tar')")
     paths, seen = [], {}
     for where, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: note(f"skipped {error}")):
-        if seen.setdefault(os.path.realpath(where), where) != where: folders[:] = names = []  # a link led back
+        folders.sort()  # of two links to one folder the first counts, everywhere
+        if seen.setdefault(os.path.realpath(where), where) != where: folders[:] = names = []
         paths += [Path(where, name) for name in names]
     files = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     if not files: raise UserError(f"{folder}: no images in it ({' '.join(sorted(IMAGE_SUFFIXES))}); or 'NAME-{{000..127}}.tar'")
@@ -208,9 +209,9 @@ class Shards:
             with tarfile.open(path, "r:") as tar:  # not compressed: offsets are those in the file
                 for member in tar:
                     key, suffix = os.path.splitext(member.name)
-                    if member.islnk(): member = tar.getmember(member.linkname)  # a hard link has no content of its own
+                    with contextlib.suppress(KeyError): member = tar.getmember(member.linkname) if member.islnk() else member
                     members.setdefault(key, {})[suffix.lower()] = (member.offset_data, member.size)
-        except (OSError, KeyError, tarfile.TarError) as error:
+        except (OSError, tarfile.TarError) as error:
             errors.append(f"; {path}, as an uncompressed tar: {error}")
         for key, parts in members.items():
             images, name = sorted(IMAGE_SUFFIXES & parts.keys()), key.encode("utf-8", "surrogateescape")
@@ -296,12 +297,12 @@ def parameter_groups(model, discriminator, config):
     for part, module in (*model.named_children(), ("discriminator", discriminator or nn.Module())):
         for decays in (True, False):
             params = [p for name, p in module.named_parameters()
-                      if p.requires_grad and decays == (p.ndim > 1 and not name.endswith(("embed", "token")))]
+                      if p.requires_grad and decays == (p.ndim > 1 and not name.endswith(("embed", "token")))]  # position, class
             if params: yield dict(params=params, base_lr=rates.get(part, config.lr), weight_decay=config.weight_decay * decays,
                                   start=config.disc_start if part == "discriminator" else 0)
 
 def encoder_source(config, model_config, resumed):
-    """Where the VFM's weights are: a file, "stage0" or "random"; None: in stage 1's or a resumed run's checkpoint."""
+    """Where the VFM's weights are: a file, "stage0" or "random"; None: in stage 1's checkpoint, or the resumed one if frozen."""
     if config.bench: return "random"  # speed does not depend on them
     if config.from_stage1 or resumed and resumed["config"]["encoder_lr"] == 0: return None
     if model_config.encoder_weights in ("stage0", "random"): return model_config.encoder_weights
@@ -359,7 +360,7 @@ def code_usage(counts):
 def validate(model, dataset, config, device, path):
     """-> mean PSNR of val_images images, share of codes they use. Draws originals over reconstructions -> path."""
     psnrs, used, n = [], torch.zeros(model.config.codebook_size, dtype=torch.bool), config.val_images
-    positions = range(VALIDATION, VALIDATION + n) if dataset is None else shuffle(len(dataset), 0)[:n].tolist()  # of all classes
+    positions = range(VALIDATION, VALIDATION + n) if dataset is None else shuffle(len(dataset), 0)[:n].tolist()  # of all folders
     for batch in batches(dataset, model.config.image_size, positions, 32, device=device):
         X_hat, _, indices, _ = model(batch["image"])
         X = resize(batch["image"], model.config.output_size)
@@ -387,8 +388,8 @@ def train(config, model_config, ranks):
         perceptual = None if kind == "none" else PerceptualLoss(kind, config.lpips_weights, config.convnext_weights)
     torch.manual_seed(config.seed)
     model, teacher = starting_point(config, model_config, ranks, resumed, source)
-    VFM = zlib.crc32(teacher.vit.patch_embed.proj.weight.cpu().numpy())  # tells it from others
-    if resumed: check_same(resumed, dict(VFM=VFM), f"{path} began from another VFM: pass the run that has it with --init_from")
+    vfm = zlib.crc32(teacher.vit.patch_embed.proj.weight.cpu().numpy())  # a checksum, to tell the VFM from others
+    if resumed and resumed.get("VFM", vfm) != vfm: raise UserError(f"{path} began from another VFM: name its run by --init_from")
     if perceptual: perceptual.vfm = teacher
     torch.manual_seed(config.seed)  # again: the same whether stage 0 ran just now or not
     discriminator = Discriminator(config.disc_width) if config.disc_start >= 0 else None
@@ -399,7 +400,7 @@ def train(config, model_config, ranks):
     dtype = torch.float64 if config.precision == "float64" else None  # None: as it is
     nn.ModuleList(filter(None, (model, teacher, perceptual, discriminator))).to(device, dtype)
     nn.ModuleList(filter(None, (perceptual, discriminator))).to(memory_format=torch.channels_last)  # faster convolutions
-    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    ema = copy.deepcopy(model).requires_grad_(False).eval()  # its weights, `averaged`, follow those that are `learned`
     averaged, learned = zip(*[(e, p) for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad])
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = config.tf32
@@ -425,7 +426,7 @@ def train(config, model_config, ranks):
     stream = batches(data, size, positions, micro, config.num_workers, device)
     bar = tqdm(range(first_step, config.total_steps + 1), f"stage {config.stage}", config.total_steps, initial=first_step,
                unit="step", disable=not ranks.first)  # the last round only validates and saves
-    weights = dict(perceptual=config.perceptual_weight, distill=config.distill_weight, adversarial=config.disc_weight)
+    loss_weights = dict(perceptual=config.perceptual_weight, distill=config.distill_weight, adversarial=config.disc_weight)
     amp = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
     loss_amp = torch.autocast(device.type, torch.bfloat16, enabled=config.loss_precision == "bf16")
     stop, floor = False, config.end_lr / config.lr
@@ -440,22 +441,22 @@ def train(config, model_config, ranks):
         last = step == config.total_steps
         if ranks.first and step > first_step and (stop or due(step, config.save_every, config)):
             state = {name: part and part.state_dict() for name, part in parts.items()}
-            state |= dict(step=step, rng=torch.get_rng_state(), VFM=VFM, config=asdict(config), model_config=asdict(model_config))
+            state |= dict(step=step, rng=torch.get_rng_state(), VFM=vfm, config=asdict(config), model_config=asdict(model_config))
             save_checkpoint(path, state)
         if ranks.first and due(step, config.eval_every, config):
             val_psnr, val_usage = validate(ema, val_data, config, device, pictures)
             log(step=step, val_psnr=val_psnr, **(dict(val_codebook_usage=val_usage) if model.quantizer else {}))
         if last or stop: break
         # ---- One training step --------------------------------------------------------------------------------------
-        factor = lambda since: lr_factor(max(0, step - since), config.warmup_steps, config.total_steps - since, floor)
-        for group in optimizer.param_groups: group["lr"] = group["base_lr"] * factor(group["start"])
+        factor = lambda start: lr_factor(max(0, step - start), config.warmup_steps, config.total_steps - start, floor)
+        for group in optimizer.param_groups: group["lr"] = group["base_lr"] * factor(group["start"])  # D's warmup: at disc_start
         adversarial = 0 <= config.disc_start <= step
         logged = {}
         for i in range(accumulate):
             net.require_backward_grad_sync = i == accumulate - 1       # DDP averages gradients: once a step is enough
             images = next(stream)["image"].to(dtype=dtype)             # (b, 3, h, w)
             with amp: X_hat, Z_I, indices, vq_loss = net(images)       # (b, 3, H, W), (b, N, d), (b, N), ()
-            X_hat, X = full(X_hat), resize(images, model_config.output_size)  # (b, 3, H, W); float32 but for loss_amp
+            X_hat, X = full(X_hat), resize(images, model_config.output_size)  # (b, 3, H, W) each, not in bf16
             terms = dict(l2=F.mse_loss(X_hat, X), quant=vq_loss)       # eq. 2, 3
             if perceptual:
                 with loss_amp: terms["perceptual"] = perceptual(X, X_hat)
@@ -463,19 +464,19 @@ def train(config, model_config, ranks):
                 with torch.no_grad(), amp: T_X = teacher(images)       # (b, N, d)
                 terms["distill"] = distill_loss(Z_I, T_X)              # eq. 5
             if adversarial:
-                discriminator.requires_grad_(False)                    # here it only judges X_hat: no gradient, so no DDP
+                discriminator.requires_grad_(False)                    # only X_hat gets its gradient, no weight: so no DDP
                 with loss_amp: terms["adversarial"] = -full(discriminator(X_hat)).mean()
-            loss = sum(weights.get(name, 1) * term for name, term in terms.items())  # eq. 4, 6
+            loss = sum(loss_weights.get(name, 1) * term for name, term in terms.items())  # eq. 4, 6; l2, quant: 1
             (loss / accumulate).backward()
             if adversarial:
-                discriminator.requires_grad_(True)
+                discriminator.requires_grad_(True)                     # now it learns, by a backward pass of its own
                 d_net.require_backward_grad_sync = net.require_backward_grad_sync
                 with loss_amp: real, fake = full(d_net(torch.cat([X, X_hat.detach()]))).chunk(2)  # (b, 1, 16, 16) each
                 real_mean, fake_mean = ranks.mean_with_grad(real.mean()), ranks.mean_with_grad(fake.mean())
                 terms["discriminator"] = hinge_d_loss(real, fake)
                 terms["lecam"] = lecam(real_mean, fake_mean, *discriminator.means)
                 ((terms["discriminator"] + config.lecam_weight * terms["lecam"]) / accumulate).backward()
-                discriminator.means.lerp_(torch.stack([real_mean, fake_mean]).detach(), 0.001)
+                discriminator.means.lerp_(torch.stack([real_mean, fake_mean]).detach(), 0.001)  # EMA, 0.999 [TiTok]
             terms["loss"] = loss
             for name, term in terms.items(): logged[name] = logged.get(name, 0) + full(term.detach()) / accumulate
             if indices is not None:  # bincount would wait for the GPU

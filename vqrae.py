@@ -105,104 +105,29 @@ class Encoder(nn.Module):
         x = self.vit.forward_features((images - self.mean) / self.std)  # (B, N, d), or N + 1 with a class token
         return x[:, self.vit.num_prefix_tokens:]                        # (B, N, d)
 
-def to_timm_keys(state):
-    """A ViT's state dict in timm's or transformers' names (alone or in an MLLM) -> in timm's, with q, k, v stacked."""
-    for prefix in ("model.vision_tower.", "vision_tower.", "vision_model."):  # in this order: they nest
-        state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)} or state
-    out = {timm_key(key): value for key, value in state.items()}
-    if "pos_embed" in out and out["pos_embed"].ndim == 2: out["pos_embed"] = out["pos_embed"][None]  # SigLIP's
-    for key in [key for key in out if ".q_proj." in key]:
-        out[key.replace("q_proj", "qkv")] = torch.cat([out.pop(key.replace("q_proj", f"{letter}_proj")) for letter in "qkv"])
-    return out
-def timm_key(key):  # a weight's name in transformers' vision towers -> timm's; timm's own pass unchanged
-    renames = ((r"\bembeddings\.", ""), (r"patch_embedding(s\.projection)?", "patch_embed.proj"), ("layernorm_before", "norm1"),
-               (r"position_embedding(s|\.weight)", "pos_embed"), (r"encoder\.layers?\.", "blocks."), ("layernorm_after", "norm2"),
-               ("post_layernorm|layer_norm", "norm"), (r"lambda_([12])", r"ls\1.gamma"),
-               (r"(self_attn|attention)\.", "attn."), (r"attn\.(out_proj|projection_layer)", "attn.proj"))
-    for pattern, name in renames: key = re.sub(pattern, name, key)
-    return key
-def hub_file(repo, name, remedy="pass --encoder_weights FILE"):
-    """A hub repository's file, cached or downloaded. Without network it fails in seconds; the hub would try for a minute."""
-    with contextlib.suppress(FileNotFoundError): return hf_hub_download(repo, name, local_files_only=True)  # if cached
-    url = hf_hub_url(repo, name)
-    with explained(f"cannot get {url}: fetch it where there is a network, then {remedy}"): get_hf_file_metadata(url, timeout=3)
-    return hf_hub_download(repo, name)
-def weights_file(encoder, source):  # the path: `source`, or for "hub" that of timm's file, downloaded if need be
-    repo = encoder.vit.pretrained_cfg.get("hf_hub_id")
-    path = Path(hub_file(repo, "model.safetensors") if source == "hub" and repo else source)
-    if path.is_dir(): path /= "model.safetensors"  # transformers' save_pretrained
-    if path.is_file(): return path
-    raise UserError(f"no file {path} of encoder weights: give --encoder_weights FILE, random or hub (if timm has them)")
-def load_encoder_weights(encoder, source):
-    """Fill `encoder` from "hub" or a file. Every weight must be there: a partial load would go unnoticed."""
-    path, vit = weights_file(encoder, source), encoder.vit
-    with explained(f"{path} cannot be read, or does not fit the encoder {vit.pretrained_cfg['architecture']}"):
-        state = load_file(path) if path.suffix == ".safetensors" else load_checkpoint(path)
-        state = to_timm_keys(state.get("encoder", state))
-        after_Z_I = ("attn_pool.", "head.", "norm.", "fc_norm.")  # pooling head and final norm, not used here
-        state = {key: value for key, value in state.items() if not key.startswith(after_Z_I)}
-        old = state.get("pos_embed")                              # (1, patches, d), or with the class token's
-        if old is not None and old.shape != vit.pos_embed.shape:  # another image size
-            prefix = 0 if math.isqrt(old.shape[1]) ** 2 == old.shape[1] else vit.num_prefix_tokens
-            state["pos_embed"] = timm.layers.resample_abs_pos_embed(old, vit.patch_embed.grid_size, num_prefix_tokens=prefix)
-        vit.load_state_dict(state, strict=True)
-
 # ---- Quantiser ------------------------------------------------------------------------------------------------------
 def full(x): return x if x.dtype == torch.float64 else x.float()  # float32 after autocast; float64 stays
 def no_autocast(x): return contextlib.nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
-def has_bf16(device):  # does it multiply bfloat16 matrices faster than float32 ones?
-    if device.type == "cpu": return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-@torch.no_grad()
-def nearest(z, codes, max_elements=1 << 23, candidates=24):
-    """The index (M,) of the code (k, e) nearest (l2) to each row of z (M, e). With m the mean code, which keeps rounding small,
-    |z - c|^2 / 2 = |c - m|^2 / 2 - (z - m).c + what all codes share. At most `max_elements` of these exist at once (on a GPU
-    8 times as many). A large codebook is searched in bfloat16 where that is fast; float32 decides among the best `candidates`."""
-    if z.is_cuda: max_elements *= 8
-    z_slices = z.split(max(1, max_elements // len(codes)))  # (m, e) each
-    size = max(1, max_elements // 8 // codes.shape[1])      # so many codes are copied at a time
-    code_slices, mean = codes.split(size), codes.mean(0)    # (size, e) each, (e,)
-    half_norms = torch.cat([(c - mean).square().sum(1) for c in code_slices]) / 2  # (k,)
-    if z.dtype != torch.float32 or codes.numel() < 1 << 22 or not has_bf16(z.device):
-        return torch.cat([torch.addmm(half_norms, rows - mean, codes.T, alpha=-1).argmin(1) for rows in z_slices])
-    # bfloat16 has 8 bits, and products may be a hundred times the differences to be told apart. So the product itself adds each
-    # code's half norm and takes away the best score of every 256th code, as two columns each. Zeros make a width that GPUs like.
-    def two(x): return torch.stack([x.bfloat16(), (x - x.bfloat16()).bfloat16()], 1)  # (n,) -> (n, 2), whose sum is x
-    def ones(x): return x.new_ones(len(x), 2, dtype=torch.bfloat16)
-    def low(x, a, b): return F.pad(torch.cat([x.bfloat16(), a, b], 1), (0, 4))  # (n, e), (n, 2) twice -> (n, e + 8)
-    low_codes = torch.cat([low(mean - c, two(h), ones(c)) for c, h in zip(code_slices, half_norms.split(size))])
-    def search(rows):  # (m, e) -> (m,)
-        x = rows - mean
-        some = torch.addmm(half_norms[::256], x, (codes[::256] - mean).T, alpha=-1).amin(1)  # (m,)
-        best = (low(x, ones(x), two(-some)) @ low_codes.T).topk(min(candidates, len(codes)), largest=False).indices
-        n = max(1, size // candidates)
-        return torch.cat([decide(*few) for few in zip(rows.split(n), best.split(n))])
-    def decide(rows, best):  # (n, e), (n, candidates) -> (n,)
-        c, first = F.embedding(best, codes), F.embedding(best[:, :1], codes)  # (n, candidates, e), (n, 1, e)
-        more = (c - first).mul_(c.add_(first - 2 * rows[:, None])).sum(2)  # |z - c|^2 - |z - first|^2, hardly rounded
-        return best.gather(1, more.argmin(1, keepdim=True))[:, 0]
-    return torch.cat([search(rows) for rows in z_slices])
 
 class SimVQ(nn.Module):
-    """SimVQ (Zhu et al. 2024), eq. 1: the codes are C W. C is frozen, only W learned: one used code moves all of them,
-    so that none is left behind. forward's z_q has exactly the codes' values, and hands its gradient straight to z."""
+    """SimVQ (Zhu et al. 2024), eq. 1: the codes are C W. C is frozen, only W learned: one used code moves all of them, so none
+    is left behind. forward's z_q has the codes' values and hands its gradient straight to z: W learns from L_quant alone."""
     def __init__(self, codebook_size, codebook_dim, beta=0.25):
         super().__init__()
         self.beta = beta
         self.register_buffer("codebook", torch.randn(codebook_size, codebook_dim) / codebook_dim ** 0.5)  # C (k, e)
-        self.proj = nn.Linear(codebook_dim, codebook_dim, bias=False)  # W; a bias would repeat to_code's
+        self.proj = nn.Linear(codebook_dim, codebook_dim, bias=False)  # W (transposed); a bias would repeat to_code's
 
     def forward(self, z):  # (B, N, e) -> z_q (B, N, e), indices (B, N) int64, loss (scalar, eq. 3)
         with no_autocast(z):  # distances in float32, whatever the rest is in
-            x = full(z)
+            z_c = full(z)
             codes = F.linear(full(self.codebook), full(self.proj.weight))  # C W (k, e)
-            indices = nearest(x.flatten(0, -2), codes).view(z.shape[:-1])  # (B, N)
-            # One value, two ways to W's gradient: through the chosen rows or through all k, whichever are fewer.
+            indices = nearest(z_c.flatten(0, -2), codes).view(z.shape[:-1])  # (B, N)
+            # One value, two ways to W's gradient: the chosen rows, projected again (twice the work), or all k: whichever is less.
             if 2 * indices.numel() < len(codes): z_q = full(self.lookup(indices))  # (B, N, e)
             else: z_q = F.embedding(indices, codes)
-            loss = F.mse_loss(z_q, x.detach()) + self.beta * F.mse_loss(x, z_q.detach())  # codes to z, z to codes
-        z_q = z_q.detach() + (x - x.detach())  # straight through; the usual x + (z_q - x).detach() would round
+            loss = F.mse_loss(z_q, z_c.detach()) + self.beta * F.mse_loss(z_c, z_q.detach())  # eq. 3: codes to z, z to codes
+        z_q = z_q.detach() + (z_c - z_c.detach())  # straight through; the usual z_c + (z_q - z_c).detach() would round
         return z_q.to(z.dtype), indices, loss
     def lookup(self, indices):  # (...) int64 -> (..., e)
         with no_autocast(indices): return self.proj(F.embedding(indices, self.codebook))
@@ -220,20 +145,54 @@ class SimVQ(nn.Module):
         self.codebook.copy_(C)
         nn.init.eye_(self.proj.weight)
 
+def has_bf16(device):  # does it multiply bfloat16 matrices faster than float32 ones?
+    if device.type == "cpu": return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+@torch.no_grad()
+def nearest(z, codes, max_elements=1 << 23, candidates=24):
+    """The index (M,) of the code (k, e) nearest (l2) to each row of z (M, e). With m the mean code, which keeps rounding small,
+    |z - c|^2 / 2 = |c - m|^2 / 2 - (z - m).c + what all codes share. At most `max_elements` of these exist at once (on a GPU
+    8 times as many). A large codebook is searched in bfloat16 where that is fast; float32 decides among the best `candidates`."""
+    if z.is_cuda: max_elements *= 8
+    z_slices = z.split(max(1, max_elements // len(codes)))  # (r, e) each
+    size = max(1, max_elements // 8 // codes.shape[1])      # so many codes are copied at a time
+    code_slices, mean = codes.split(size), codes.mean(0)    # (size, e) each, (e,)
+    half_norms = torch.cat([(c - mean).square().sum(1) for c in code_slices]) / 2  # (k,)
+    if z.dtype != torch.float32 or codes.numel() < 1 << 22 or not has_bf16(z.device):
+        return torch.cat([torch.addmm(half_norms, rows - mean, codes.T, alpha=-1).argmin(1) for rows in z_slices])  # of (r, k)
+    # A result in bfloat16 has 8 bits, and may be a hundred times the differences to be told apart. So the product, summed in
+    # float32, also adds half a code's norm and takes away a row's best score among every 256th code: the least end near 0.
+    def two(x): return torch.stack([x.bfloat16(), (x - x.bfloat16()).bfloat16()], 1)  # (n,) -> (n, 2), whose sum is x
+    def ones(x): return x.new_ones(len(x), 2, dtype=torch.bfloat16)
+    def low(x, a, b): return F.pad(torch.cat([x.bfloat16(), a, b], 1), (0, 4))  # -> (n, e + 8), a width GPUs like
+    low_codes = torch.cat([low(mean - c, two(h), ones(c)) for c, h in zip(code_slices, half_norms.split(size))])
+    def search(rows):  # (r, e) -> (r,)
+        x = rows - mean
+        near = torch.addmm(half_norms[::256], x, (codes[::256] - mean).T, alpha=-1).amin(1)  # (r,)
+        best = (low(x, ones(x), two(-near)) @ low_codes.T).topk(min(candidates, len(codes)), largest=False).indices
+        n = max(1, size // candidates)
+        return torch.cat([decide(*few) for few in zip(rows.split(n), best.split(n))])
+    def decide(rows, best):  # (n, e), (n, candidates) -> (n,)
+        c, first = F.embedding(best, codes), F.embedding(best[:, :1], codes)  # (n, candidates, e), (n, 1, e)
+        more = (c - first).mul_(c.add_(first - 2 * rows[:, None])).sum(2)  # |z - c|^2 - |z - first|^2, hardly rounded
+        return best.gather(1, more.argmin(1, keepdim=True))[:, 0]
+    return torch.cat([search(rows) for rows in z_slices])
+
 # ---- Decoder --------------------------------------------------------------------------------------------------------
 class Decoder(nn.Module):
     """The encoder's mirror D: Z_bot (B, N, d) -> X' (B, 3, grid q, grid q), about [0, 1], not clamped."""
     def __init__(self, config):
         super().__init__()
         self.grid, self.q = config.grid, config.q or config.patch_size
-        self.vit = create_vit(config, img_size=config.grid, patch_size=1, in_chans=config.dim, final_norm=True)
+        self.vit = create_vit(config, img_size=config.grid, patch_size=1, in_chans=config.dim, final_norm=True)  # for to_pixels
         self.to_pixels = nn.Linear(config.dim, 3 * self.q ** 2)
         nn.init.constant_(self.to_pixels.bias, 0.5)  # start at mid grey
     def forward(self, z_bot):  # (B, N, d)
-        x = z_bot.transpose(1, 2).unflatten(2, (self.grid, self.grid))          # (B, d, grid, grid), a "picture"
+        x = z_bot.transpose(1, 2).unflatten(2, (self.grid, self.grid))          # (B, d, grid, grid): a pixel a token
         x = self.vit.forward_features(x)[:, self.vit.num_prefix_tokens:]        # (B, N, d)
         x = self.to_pixels(x).transpose(1, 2)                                   # (B, 3 q q, N)
-        return F.pixel_shuffle(x.unflatten(2, (self.grid, self.grid)), self.q)  # (B, 3, grid q, grid q)
+        return F.pixel_shuffle(x.unflatten(2, (self.grid, self.grid)), self.q)  # (B, 3 q q, grid, grid) -> (B, 3, grid q, grid q)
 
 # ---- The whole ------------------------------------------------------------------------------------------------------
 class Output(NamedTuple):
@@ -256,7 +215,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         self.from_code = nn.Linear(e, d)
         self.decoder = Decoder(config)
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, strict=True, **how):  # else missing weights stay random
+    def from_pretrained(cls, pretrained_model_name_or_path, strict=True, **how):  # not strict: missing weights stay random
         name = str(pretrained_model_name_or_path)
         if not Path(name).is_dir() and not how:
             with explained(f"{name} is neither a folder nor a hub's model"): hub_file(name, "config.json", "pass its folder")
@@ -282,11 +241,11 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         x = x - mean
         ridge = 1e-3 * len(x) * torch.eye(x.shape[1])
         A = torch.linalg.solve((x.T @ x).cpu() + ridge, (x.T @ (y - y.mean(0))).cpu()).to(x)  # (d, 3 p p)
-        y_hat = x @ A                                              # (M, 3 p p)
-        variances, axes = (t.flip(-1).to(x) for t in torch.linalg.eigh((y_hat.T @ y_hat).cpu()))  # largest first
+        y_hat = x @ A                                              # (M, 3 p p), pixels as Z_I predicts them
+        variances, axes = (t.flip(-1).to(x) for t in torch.linalg.eigh((y_hat.T @ y_hat).cpu()))  # times M; largest first
         n = min(linear.out_features, len(axes))
-        kept = variances[:n].sum() / variances.sum() * len(axes) / linear.out_features  # variance a dimension, over y_hat's
-        T = (A @ axes * (0.3 / y_hat.std() / kept.sqrt()))[:, :n]  # (d, n)
+        gain = variances[:n].sum() / variances.sum() * len(axes) / linear.out_features  # the latents' variance over y_hat's
+        T = (A @ axes * (0.3 / y_hat.std() / gain.sqrt()))[:, :n]  # (d, n)
         linear.weight.mul_(0.1)                                    # dimensions beyond n stay small and random
         linear.bias.zero_()
         linear.weight[:n], linear.bias[:n] = T.T, -mean @ T
@@ -333,7 +292,7 @@ class PerceptualLoss(nn.Module):
             self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
             self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
         self.requires_grad_(False).eval()
-    def features(self, x):  # (B, 3, H, W) -> [(B, N, d)] of shallow layers, which know edges and colours
+    def features(self, x):  # (B, 3, H, W) -> [(B, N, d)] of the first and the middle block, which know edges and colours
         vit = self.vfm.vit
         x = (resize(x, vit.patch_embed.img_size[0], limit=False) - self.vfm.mean) / self.vfm.std
         x = vit.forward_intermediates(x, [0, len(vit.blocks) // 2], intermediates_only=True, output_fmt="NLC", stop_early=True)
@@ -361,15 +320,15 @@ class Discriminator(nn.Module):
         widths, last = (width, width, 2 * width, 4 * width), 4 * width
         self.stem = nn.Conv2d(3, width, 5, padding="same")
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding="same") for a, b in zip(widths, widths[1:]))
-        self.norms = nn.ModuleList(nn.GroupNorm(math.gcd(b, max(1, min(32, b // 4))), b) for b in widths[1:])
+        self.norms = nn.ModuleList(nn.GroupNorm(math.gcd(b, max(1, min(32, b // 4))), b) for b in widths[1:])  # mostly 32
         self.head = nn.Sequential(nn.Conv2d(last, last, 1), nn.LeakyReLU(0.1), nn.Conv2d(last, 1, 5, padding="same"))
         self.register_buffer("means", torch.zeros(2))  # running means of real and fake logits, for lecam
-        blur = torch.tensor([[1.0, 0, 0], [3, 1, 0], [3, 3, 1], [1, 3, 3], [0, 1, 3], [0, 0, 1]]) / 8
+        blur = torch.tensor([[1.0, 0, 0], [3, 1, 0], [3, 3, 1], [1, 3, 3], [0, 1, 3], [0, 0, 1]]) / 8  # a column: (1, 3, 3, 1)
         self.register_buffer("blur", blur, persistent=False)
     def forward(self, images):  # (B, 3, H, W)
         x = F.leaky_relu(self.stem(images), 0.1)  # (B, width, H, W)
         for conv, norm in zip(self.convs, self.norms):
-            # TiTok: 3 x 3, then a (1, 3, 3, 1) / 8 blur at stride 2. Here (edges apart) one faster 3 x 3 on folded 2 x 2 pixels
+            # TiTok: 3 x 3, then a (1, 3, 3, 1) / 8 blur at stride 2. The same, but at edges: one 6 x 6, folded into a 3 x 3
             weight = torch.einsum("oiab,xa,yb->oixy", conv.weight, self.blur, self.blur)  # (o, i, 6, 6)
             x = F.pixel_unshuffle(x[..., :x.shape[2] // 2 * 2, :x.shape[3] // 2 * 2], 2)  # (B, 4 i, H / 2, W / 2)
             x = F.conv2d(x, F.pixel_unshuffle(weight, 2), conv.bias, padding=1)  # (B, o, H / 2, W / 2)
@@ -383,6 +342,46 @@ def lecam(real_mean, fake_mean, ema_real, ema_fake):  # Tseng et al. 2021 [TiTok
     return F.relu(real_mean - ema_fake).square() + F.relu(ema_real - fake_mean).square()
 
 # ---- Files ----------------------------------------------------------------------------------------------------------
+def to_timm_keys(state):
+    """A ViT's state dict in timm's or transformers' names (alone or in an MLLM) -> in timm's, with q, k, v stacked."""
+    for prefix in ("model.vision_tower.", "vision_tower.", "vision_model."):  # in this order: they nest
+        state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)} or state
+    out = {timm_key(key): value for key, value in state.items()}
+    if "pos_embed" in out and out["pos_embed"].ndim == 2: out["pos_embed"] = out["pos_embed"][None]  # SigLIP's
+    for key in [key for key in out if ".q_proj." in key]:
+        out[key.replace("q_proj", "qkv")] = torch.cat([out.pop(key.replace("q_proj", f"{letter}_proj")) for letter in "qkv"])
+    return out
+def timm_key(key):  # a weight's name in transformers' vision towers -> timm's; timm's own pass unchanged
+    renames = ((r"\bembeddings\.", ""), (r"patch_embedding(s\.projection)?", "patch_embed.proj"), ("layernorm_before", "norm1"),
+               (r"position_embedding(s|\.weight)", "pos_embed"), (r"encoder\.layers?\.", "blocks."), ("layernorm_after", "norm2"),
+               ("post_layernorm|layer_norm", "norm"), (r"lambda_([12])", r"ls\1.gamma"),
+               (r"(self_attn|attention)\.", "attn."), (r"attn\.(out_proj|projection_layer)", "attn.proj"))
+    for pattern, name in renames: key = re.sub(pattern, name, key)
+    return key
+def hub_file(repo, name, remedy="pass --encoder_weights FILE"):  # cached or downloaded; offline it fails within seconds
+    with contextlib.suppress(FileNotFoundError): return hf_hub_download(repo, name, local_files_only=True)  # if cached
+    url = hf_hub_url(repo, name)
+    with explained(f"cannot get {url}: fetch it where there is a network, then {remedy}"): get_hf_file_metadata(url, timeout=3)
+    return hf_hub_download(repo, name)
+def weights_file(encoder, source):  # the path: `source`, or for "hub" that of timm's file, downloaded if need be
+    repo = encoder.vit.pretrained_cfg.get("hf_hub_id")
+    path = Path(hub_file(repo, "model.safetensors") if source == "hub" and repo else source)
+    if path.is_dir(): path /= "model.safetensors"  # transformers' save_pretrained
+    if path.is_file(): return path
+    raise UserError(f"no file {path} of encoder weights: give --encoder_weights FILE, random or hub (if timm has them)")
+def load_encoder_weights(encoder, source):
+    """Fill `encoder` from "hub" or a file. Every weight must be there: a partial load would go unnoticed."""
+    path, vit = weights_file(encoder, source), encoder.vit
+    with explained(f"{path} cannot be read, or does not fit the encoder {vit.pretrained_cfg['architecture']}"):
+        state = load_file(path) if path.suffix == ".safetensors" else load_checkpoint(path)
+        state = to_timm_keys(state.get("encoder", state))
+        after_Z_I = ("attn_pool.", "head.", "norm.", "fc_norm.")  # pooling head and final norm, not used here
+        state = {key: value for key, value in state.items() if not key.startswith(after_Z_I)}
+        old = state.get("pos_embed")                              # (1, patches, d), or with the class token's
+        if old is not None and old.shape != vit.pos_embed.shape:  # another image size
+            prefix = 0 if math.isqrt(old.shape[1]) ** 2 == old.shape[1] else vit.num_prefix_tokens
+            state["pos_embed"] = timm.layers.resample_abs_pos_embed(old, vit.patch_embed.grid_size, num_prefix_tokens=prefix)
+        vit.load_state_dict(state, strict=True)
 def save_tokenizer(model, folder, teacher=None):
     """`folder`/config.json and model.safetensors, and teacher.safetensors of a `teacher` that no hub has; all or nothing."""
     folder = Path(folder).resolve()  # a link's own folder
@@ -405,7 +404,7 @@ def save_checkpoint(path, state, write=torch.save):
     """Write to a temporary name, then rename: a full disk or a kill leaves the previous file whole."""
     partial = Path(f"{path}.partial")
     try:
-        with explained(f"cannot write {path}: free some space; the previous one is whole"), open(partial, "wb") as file:
+        with explained(f"cannot write {path}: free some space, what is saved is whole (--resume)"), open(partial, "wb") as file:
             write(state, file)
             file.flush()
             os.fsync(file.fileno())
@@ -576,7 +575,7 @@ def check_run(config, **least):  # fills in out_dir, checks flags, shortens a --
     if abs(config.seed) >= 1 << 40: raise UserError(f"--seed {config.seed} is too large: below {1 << 40}")
     if config.profile and not config.bench: raise UserError("--profile goes with --bench N")
     if config.resume and config.overwrite: raise UserError("--resume goes on and --overwrite starts over: choose one")
-    if config.bench: config.total_steps = config.eval_every = config.save_every = config.bench + 4  # due at its end
+    if config.bench: config.total_steps = config.eval_every = config.save_every = config.bench + 4  # no save, no validation
 def check_same(there, here, what):  # two {name: value}: what `here` has must be so `there`
     differ = [f"{name} is {there.get(name)} there, {value} here" for name, value in here.items() if there.get(name) != value]
     if differ: raise UserError(f"{what}: {', '.join(differ)}")
