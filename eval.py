@@ -243,7 +243,7 @@ def generation(folder, config, ranks):
     if {tokenizer.config.image_size, tokenizer.config.output_size} != {SIDE}:
         raise UserError(f"--generation is for pictures of shapes, of {SIDE} px: score others with sample.py --geneval")
     number, drawn, rebuilt, out = torch.arange(config.num_images), [], [], {}
-    pictured = lambda i: plan(i + 3 * VALIDATION, task=i % 6)
+    pictured = lambda i: plan(i + 3 * VALIDATION, task=i % 6)  # pictures that no other score uses
     with tqdm(total=len(number) * lm.config.visual["tokens"], desc="sampling", unit="code") as bar:
         for part in number.split(config.batch_size):
             scene = pictured(part)

@@ -239,7 +239,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         x, y = norm(Z_I), pixels.flatten(1)  # (M, d), (M, 3 p p)
         mean = x.mean(0)
         x = x - mean
-        ridge = 1e-3 * len(x) * torch.eye(x.shape[1])
+        ridge = 1e-3 * len(x) * torch.eye(x.shape[1])  # solved on the CPU: small, and torch 2.8 has no eigh on mps
         A = torch.linalg.solve((x.T @ x).cpu() + ridge, (x.T @ (y - y.mean(0))).cpu()).to(x)  # (d, 3 p p)
         y_hat = x @ A                                              # (M, 3 p p), pixels as Z_I predicts them
         variances, axes = (t.flip(-1).to(x) for t in torch.linalg.eigh((y_hat.T @ y_hat).cpu()))  # times M; largest first
@@ -250,7 +250,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         linear.bias.zero_()
         linear.weight[:n], linear.bias[:n] = T.T, -mean @ T
         if self.quantizer:
-            detail = (pixels.var(2).mean(1) + 5e-4) ** 0.85  # (M,) variance in a patch; 5e-4: flat ones too, but rarely
+            detail = (pixels.var(2).mean(1) + 5e-4) ** 0.85  # (M,) variance in a patch [ours]; flat ones come too, rarely
             drawn = torch.multinomial(detail, 16 * len(self.quantizer.codebook), replacement=True)
             self.quantizer.init_codebook(self.to_code(Z_I[drawn]))
     @torch.no_grad()
