@@ -72,8 +72,7 @@ def frechet(*sides):
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # C1^(1/2)
     cross = torch.linalg.eigvalsh(root @ c2 @ root).clamp(min=0).sqrt().sum()
     return ((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * cross).item()
-def inception(weights):
-    """A network, images (B, 3, H, W) uint8 -> ((B, 2048),): pytorch-fid's Inception, by torch-fidelity."""
+def inception(weights):  # -> pytorch-fid's network, by torch-fidelity: images (B, 3, H, W) uint8 -> ((B, 2048),)
     with explained("torch-fidelity is not installed: pip install torch-fidelity", ImportError):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     if weights: load_checkpoint(weights)  # refuses a pickle that torch-fidelity would run
@@ -330,8 +329,7 @@ def evaluate(folder, config, ranks):
         result |= accuracy | dict(reasons=result["reasons"] | reasons | why)
     return result | dict(seconds=round(time.time() - start, 1))
 
-def draw_curves(out):
-    """Loss, PSNR and codebook usage over steps, from every log_*.jsonl of the run -> curves.png."""
+def draw_curves(out):  # loss, PSNR and codebook usage over steps, from every log_*.jsonl of the run -> curves.png
     with explained("--curves needs matplotlib: pip install matplotlib", ImportError): import matplotlib.pyplot as plt
     logs = {path.stem[4:]: read_log(path) for path in sorted(out.glob("log_*.jsonl"))}
     if not logs: raise UserError(f"no log_*.jsonl in {out}: --out_dir names the run")
@@ -344,8 +342,7 @@ def draw_curves(out):
         if axis.lines: axis.legend()
     plt.savefig(out / "curves.png", bbox_inches="tight")
     print(f"wrote {out / 'curves.png'}")
-def table(results):
-    """{folder: metrics} -> a Markdown table, a column a tokenizer."""
+def table(results):  # {folder: metrics} -> a Markdown table, a column a tokenizer
     rows = {"metric": [*results], "---": ["---"] * len(results)}
     for column, result in enumerate(results.values()):
         for key, value in result.items():
@@ -378,6 +375,7 @@ def main():
         print(f"{folder}: {protocol}", *map(": ".join, reasons.items()), sep="\n  ")
         scores["tokenizer"] = which = identity(folder)  # its own scores and its generator's stay side by side
         results[folder] = {key: value for key, value in old.get(which, {}).items() if key.startswith(kept)} | scores
+    if path.exists(): path.replace(path.with_suffix(".old.json"))  # it may hold scores of other tokenizers or data
     path.write_text(json.dumps(results if len(results) > 1 else results[folders[0]], indent=1))
     print(f"wrote {path}")
 

@@ -57,6 +57,7 @@ class SampleConfig:
             raise UserError("nothing to do, or too much: --prompt or --prompts, or --geneval, or --dpg, or --image with --ask")
         check_least(self, batch_size=1, num_images=0, bench=0)
         if self.dpg and self.num_images not in (0, 4): raise UserError("--dpg makes 4 pictures a prompt: leave --num_images out")
+        check_options(self.guidance, self.temperature, self.top_k, self.top_p)
         self.dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 PRESETS = {"config tiny": dict(precision="float32", guidance=2.0, temperature=1.0, top_k=0, top_p=0.6)}  # [ours] measured
@@ -144,8 +145,7 @@ def answer(mllm, text_tokenizer, Z_I, questions, max_new_tokens=64):
     ids = mllm.lm.generate(inputs_embeds=mllm.embed(ids, Z_I), attention_mask=mask, max_new_tokens=max_new_tokens,
                            do_sample=False, eos_token_id=text_tokenizer.eos_token_id, pad_token_id=text_tokenizer.eos_token_id)
     return [text.strip() for text in text_tokenizer.batch_decode(ids, skip_special_tokens=True)]
-def converse(config, device):
-    """Answer --ask about --image, with the tokenizer's own encoder in the place of the VFM that the MLLM was trained on."""
+def converse(config, device):  # answers --ask about --image; the tokenizer's encoder takes the place of the MLLM's VFM
     mllm, text_tokenizer, tokenizer = load_mllm(config.out_dir, config.tokenizer, device, config.dtype)
     with explained(f"--image {config.image} cannot be read as an image"): X = square(config.image, tokenizer.config.image_size)
     asked = [question.replace("<image>", "").strip() for question in config.ask]  # which answer() puts first itself

@@ -201,6 +201,7 @@ def test_latents_start_as_the_pixels_that_features_tell():
         ours, theirs = torch.pdist(z[:100]), torch.pdist(pixels[:100].flatten(1))
         assert torch.corrcoef(torch.stack([ours, theirs]))[0, 1] > (0.8 if e >= 192 else 0.3)
         assert len(model.quantizer(model.to_code(Z_I)[None])[1].unique()) >= 22
+    with pytest.raises(UserError, match="of one colour"): model.start_on(Z_I, torch.full_like(pixels, 0.3))
 
 
 def test_tokens_round_trip(small, tmp_path):
@@ -1487,6 +1488,7 @@ def test_generated_pictures_are_scored(generator, tmp_path):
             "eval.py", "--generation", "--num_images", "24", "--out_dir", str(out), "--device", "cpu")
         found = json.loads((out / "eval.json").read_text())
         assert found.get("psnr") == (1.0 if kept else None)
+        assert json.loads((out / "eval.old.json").read_text()) == dict(psnr=1.0, tokenizer=which)
     (out / "eval.json").rename(out / "kept.json")
     (out / "eval.json").write_text("[]")                                      # none of ours
     assert run_inside("eval.py", "--num_images", "8", "--out_dir", str(out), "--device", "cpu") == "no error"

@@ -249,6 +249,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         linear.weight.mul_(0.1)                                    # dimensions beyond n stay small and random
         linear.bias.zero_()
         linear.weight[:n], linear.bias[:n] = T.T, -mean @ T
+        if y_hat.std() < 1e-6: raise UserError("all pictures are of one colour: other --data, or --bottleneck_start random")
         if self.quantizer:
             detail = (pixels.var(2).mean(1) + 5e-4) ** 0.85  # (M,) variance in a patch [ours]; flat ones come too, rarely
             drawn = torch.multinomial(detail, 16 * len(self.quantizer.codebook), replacement=True)
