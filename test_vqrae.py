@@ -1756,6 +1756,7 @@ def test_a_tokenizer_is_written_or_said_not_to_be_and_read_whole_or_not(small, t
     del state["quantizer.codebook"]
     vqrae.save_file(state, tmp_path / "tokenizer" / "model.safetensors")
     with pytest.raises(Exception, match="codebook"): VQRAE.from_pretrained(str(tmp_path / "tokenizer"))
+    with pytest.raises(UserError, match="holds no config.json"): VQRAE.from_pretrained(str(tmp_path))
 
 
 def test_a_resumed_run_takes_the_new_rates(trained, tmp_path, monkeypatch, capsys):

@@ -217,7 +217,8 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, strict=True, **how):  # not strict: missing weights stay random
         name = str(pretrained_model_name_or_path)
-        if not Path(name).is_dir() and not how:
+        if Path(name).is_dir() and not Path(name, "config.json").is_file(): raise UserError(f"{name} holds no config.json")
+        if not Path(name).is_dir() and not how:  # how: a revision and the like
             with explained(f"{name} is neither a folder nor a hub's model"): hub_file(name, "config.json", "pass its folder")
         return super().from_pretrained(name, strict=strict, **how)
 
