@@ -33,7 +33,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, logging
 
 from train_tokenizer import (COLORS, NUMBERS, PLURAL, SHAPES, VALIDATION, Images, article, batches, captions, crop, decode,
-                             fingerprint, hashed, note, plan, render, shuffled)
+                             fingerprint, hashed, note, plan, render, save_array, shuffled)
 from vqrae import (Encoder, Log, Ranks, UserError, bench, check_finite, check_run, check_same, command_line, compile_parts, due,
                    explained, full, hub_file, ignore_signals, load_checkpoint, load_tokenizer, lr_factor, next_command, open_run,
                    no_autocast, parse_config, print_config, report, resize, save_checkpoint, split_batch, timm_key, uniform)
@@ -173,7 +173,7 @@ def layout(text_tokenizer, visual, texts, codes=None):
     pictures = (codes + visual["offset"]).tolist()
     return pad_ids([row + picture + [visual["eoi"]] for row, picture in zip(rows, pictures)], "right")
 def visual_logits(lm, hidden):  # (..., hidden) -> (..., k): a picture has no words, and Qwen3's 151936 cost ten times as much
-    return F.linear(hidden, lm.get_output_embeddings().weight[lm.config.visual["offset"]:])
+    return F.linear(hidden, lm.get_output_embeddings().weight[lm.config.visual["offset"]:][:lm.config.visual["codes"]])
 
 class PictureLM(nn.Module):  # the language model as it is trained
     def __init__(self, lm):
@@ -220,7 +220,7 @@ def open_codes(source, part, config, tokenizer, which, ranks):
     if ranks.first and not partial.exists():  # else a killed run's is gone on with
         codes = ("codes", "<u2" if tokenizer.config.codebook_size <= 1 << 16 else "<u4", tokenizer.config.num_tokens)
         empty = np.broadcast_to(np.zeros((), [codes, ("text", "S1024"), ("done", "?")]), len(dataset))  # takes no memory
-        save_checkpoint(partial, empty, lambda rows, file: np.save(file, rows))  # in full: a disk that fills later is a bus error
+        save_array(partial, empty)  # in full: a disk that fills later is a bus error
     ranks.wait()
     rows = np.load(partial, mmap_mode="r+")
     first, end = len(rows) * ranks.rank // ranks.size, len(rows) * (ranks.rank + 1) // ranks.size  # this rank's share

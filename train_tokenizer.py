@@ -183,6 +183,7 @@ def read_folder(folder):
 def fingerprint(files, *more):  # a hash of files' names, sizes and times
     facts = [(file, os.path.exists(file) and (os.path.getsize(file), os.path.getmtime(file))) for file in files]
     return hashlib.sha256(repr((facts, *more)).encode()).hexdigest()[:16]
+def save_array(path, rows): save_checkpoint(path, rows, lambda rows, file: np.save(file, rows))  # whole or not at all
 
 class Shards:
     """Webdataset shards (key.jpg, key.txt) as a sequence of records. Their index is kept, memory-mapped, until one changes."""
@@ -199,8 +200,7 @@ class Shards:
                 raise UserError(f"{pattern}: no readable shard with images; the pattern is like {{000..127}}{''.join(errors)}")
             if errors: print(f"skipped, from the damage on, {len(errors)} of {len(self.paths)} shards{''.join(errors)}")
             file.parent.mkdir(parents=True, exist_ok=True)
-            np.save(partial := file.with_suffix(".partial.npy"), np.concatenate(rows))
-            partial.replace(file)
+            save_array(file, np.concatenate(rows))
         self.rows = np.load(file, mmap_mode="r")
     def listing(self, path, number, errors):
         """-> a row for each image of a shard: its number, offset and size of image and caption, key. Damage goes to `errors`."""

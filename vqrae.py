@@ -243,14 +243,14 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         ridge = 1e-3 * len(x) * torch.eye(x.shape[1])  # solved on the CPU: small, and torch 2.8 has no eigh on mps
         A = torch.linalg.solve((x.T @ x).cpu() + ridge, (x.T @ (y - y.mean(0))).cpu()).to(x)  # (d, 3 p p)
         y_hat = x @ A                                              # (M, 3 p p), pixels as Z_I predicts them
+        if (std := y_hat.std()) < 1e-6: raise UserError("pictures all of one colour: other --data or --bottleneck_start random")
         variances, axes = (t.flip(-1).to(x) for t in torch.linalg.eigh((y_hat.T @ y_hat).cpu()))  # times M; largest first
         n = min(linear.out_features, len(axes))
         gain = variances[:n].sum() / variances.sum() * len(axes) / linear.out_features  # the latents' variance over y_hat's
-        T = (A @ axes * (0.3 / y_hat.std() / gain.sqrt()))[:, :n]  # (d, n)
+        T = (A @ axes * (0.3 / std / gain.sqrt()))[:, :n]          # (d, n)
         linear.weight.mul_(0.1)                                    # dimensions beyond n stay small and random
         linear.bias.zero_()
         linear.weight[:n], linear.bias[:n] = T.T, -mean @ T
-        if y_hat.std() < 1e-6: raise UserError("all pictures are of one colour: other --data, or --bottleneck_start random")
         if self.quantizer:
             detail = (pixels.var(2).mean(1) + 5e-4) ** 0.85  # (M,) variance in a patch [ours]; flat ones come too, rarely
             drawn = torch.multinomial(detail, 16 * len(self.quantizer.codebook), replacement=True)
