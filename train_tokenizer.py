@@ -11,7 +11,7 @@ Train the VQRAE tokenizer: the paper's two stages, and before them a stage 0 for
     stage 1   encoder frozen; codebook and decoder learn to reconstruct       (eq. 4)   -> stage1.pt, tokenizer-stage1/
     stage 2   encoder too, held to its old features by distillation           (eq. 6)   -> stage2.pt, tokenizer-stage2/
 """
-import collections, contextlib, copy, functools, hashlib, io, itertools, json, math, os, re, tarfile, time, zlib
+import collections, contextlib, copy, functools, hashlib, io, itertools, json, math, os, re, shutil, tarfile, time, zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -110,15 +110,15 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 def decode(data):
     """Bytes of any image PIL reads -> upright RGB PIL image; transparency on white, the first frame of an animation."""
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    if image.mode == "F" or image.mode == "I" and image.getextrema()[1] < 256: raise ValueError("pixels of unknown range")
+    if image.mode == "F" or (image.mode == "I" and image.getextrema()[1] < 256): raise ValueError("pixels of unknown range")
     if image.mode.startswith("I"): image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))  # of 16 bits
     if image.has_transparency_data: image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 def crop(image, size, u=(0.5, 0.5, 1.0), flip=False):
     """A PIL image's largest square, u[0] across and u[1] down -> (3, size, size) uint8; mirrored if `flip` and u[2] < 0.5."""
-    side = min(image.size)  # crops whole pixels, as if after the resize
-    left, top = (round(at * ((n - side) * size // side)) * side / size for n, at in zip(image.size, u))
+    side = min(image.size)
+    left, top = (round(at * ((n - side) * size // side)) * side / size for n, at in zip(image.size, u))  # whole pixels of `size`
     image = TF.pil_to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side)))
     return image.flip(-1) if flip and u[2] < 0.5 else image
 @functools.lru_cache(maxsize=2)
@@ -130,7 +130,7 @@ class Images(Dataset):
     def __init__(self, source, size, seed=0, in_order=False, random_crop=False, random_flip=False, part="all", folder="out"):
         self.source, self.size, self.seed, self.in_order = source, size, seed, in_order
         self.random_crop, self.random_flip = random_crop, random_flip
-        self.records, self.skipped = self.read(source, folder), set()  # folder: for the shards' index; a JSON's pictures
+        self.records, self.skipped = self.read(str(source), folder), set()  # folder: for the shards' index; a JSON's pictures
         self.chosen = np.arange(len(self.records))  # numbers, no copies: there may be millions
         if part != "all": self.chosen = self.chosen[(self.chosen % 20 == 0) == (part == "val")]
         if not len(self): raise UserError(f"{source}: no images, or too few to hold every 20th out: --val_data names others")
@@ -160,8 +160,8 @@ def read_folder(folder):
     if not folder.is_dir(): raise UserError(f"{folder}: no such folder (data is shapes, a folder, or 'shards-{{000..127}}.tar')")
     paths, seen = [], {}
     for where, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: note(f"skipped {error}")):
-        folders.sort()  # of two links to one folder the first counts, everywhere
-        if seen.setdefault(os.path.realpath(where), where) != where: folders[:] = names = []
+        folders.sort()  # so that of two links to one folder the same counts everywhere
+        if seen.setdefault(os.path.realpath(where), where) != where: folders[:] = names = []  # seen: no files, nothing below
         paths += [Path(where, name) for name in names]
     files = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     if not files: raise UserError(f"{folder}: no images in it ({' '.join(sorted(IMAGE_SUFFIXES))}); or 'NAME-{{000..127}}.tar'")
@@ -171,7 +171,7 @@ def read_folder(folder):
             if not line.strip(): continue
             with explained(f"{metadata}, line {number}: not JSON with a file_name and a text: {line[:60]!r}; mend or remove it"):
                 row = json.loads(line)
-                rows[metadata.parent / row["file_name"]] = row | dict(text=row.get("text") and row["text"].strip())  # no list
+                rows[metadata.parent / row["file_name"]] = row | dict(text=row.get("text") and row["text"].strip())  # or no text
     if lost := sorted({*rows} - {*files}): note(f"metadata.jsonl: {len(lost)} of {len(rows)} rows name no image: {lost[0]}")
     for path in files:
         row, beside = rows.get(path, {}), path.with_suffix(".txt")
@@ -215,9 +215,9 @@ class Shards:
             errors.append(f"; {path}, as an uncompressed tar: {error}")
         for key, parts in members.items():
             images, name = sorted(IMAGE_SUFFIXES & parts.keys()), key.encode("utf-8", "surrogateescape")
-            if images: rows.append((number, *parts[images[0]], *parts.get(".txt", (0, 0)), name))
-        longest = max((len(name) for *_, name in rows), default=1)
-        return np.array(rows, f"u4, u8, u4, u8, u4, S{longest}")
+            whole = IMAGE_SUFFIXES & members.get(key.rpartition(".")[0], {}).keys()  # key.jpg's key.mask.png is no other picture
+            if images and not whole: rows.append((number, *parts[images[0]], *parts.get(".txt", (0, 0)), name))
+        return np.array(rows, f"u4, u8, u4, u8, u4, S{max((len(name) for *_, name in rows), default=1)}")
     def __len__(self): return len(self.rows)
     def __getitem__(self, i):
         shard, at, size, text_at, text_size, key = self.rows[i].item()
@@ -227,7 +227,7 @@ class Shards:
 
 note = functools.cache(tqdm.write)  # writes a text once, however often it is called with it
 def batches(dataset, size, positions, batch, num_workers=0, device="cpu"):
-    """Yield dicts: image (batch, 3, size, size) in [0, 1] on `device`, text; of files also label and name, of shapes scene."""
+    """Yield dicts: image (batch, 3, size, size; a dataset's own size) in [0, 1] on `device`, text; label, name or scene."""
     if dataset is None:  # shapes, drawn when they are needed
         for index in BatchSampler(positions, batch, drop_last=False):
             scene = plan(torch.tensor(index))
@@ -272,8 +272,7 @@ class Pretrainer(nn.Module):
             losses[name] = F.cross_entropy(head(z).unflatten(-1, (4, -1)).flatten(0, 2), target.flatten())
         return losses | dict(place=0.3 * (self.place(z)[:, :, None] - middle)[shape > 0].abs().mean())  # shape 0: background
 
-def pretrain(config, model_config, device, path):
-    """Stage 0 -> `path`. Always on shapes: see README, "Stage 0 and your own images"."""
+def pretrain(config, model_config, device, path):  # stage 0 -> path; always on shapes: README, "Stage 0 and your own images"
     torch.manual_seed(config.seed)
     net = Pretrainer(Encoder(model_config), model_config.dim).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), betas=(config.beta1, config.beta2), weight_decay=0.05)
@@ -302,7 +301,7 @@ def parameter_groups(model, discriminator, config):
                                   start=config.disc_start if part == "discriminator" else 0)
 
 def encoder_source(config, model_config, resumed):
-    """Where the VFM's weights are: a file, "stage0" or "random"; None: in stage 1's checkpoint, or the resumed one if frozen."""
+    """Where the VFM's weights are: a file, "stage0" or "random". None: in stage 1's checkpoint, or the resumed one if frozen."""
     if config.bench: return "random"  # speed does not depend on them
     if config.from_stage1 or resumed and resumed["config"]["encoder_lr"] == 0: return None
     if model_config.encoder_weights in ("stage0", "random"): return model_config.encoder_weights
@@ -322,8 +321,7 @@ def starting_point(config, model_config, ranks, resumed, source):
         there = load_checkpoint(source, "encoder", "model_config")["model_config"]
         here = {name: getattr(model_config, name) for name in ("encoder", "encoder_kwargs", "patch_size", "dim")}
         check_same(there, here, f"{source} is of another encoder, choose another --out_dir")
-    if source not in (None, "random"): load_encoder_weights(model.encoder, source)
-    elif source is None and config.from_stage1:
+    if source is None and config.from_stage1:
         path = run / "stage1.pt"
         if not path.exists():
             command = next_command("train_tokenizer.py", config, CARRIED, out_dir=config.init_from or False)
@@ -334,6 +332,7 @@ def starting_point(config, model_config, ranks, resumed, source):
         ranks.say(f"from step {stage1['step']} of {stage1['config']['total_steps']} in {path}")
         model.load_state_dict(stage1["ema"])
     elif source is None: model.load_state_dict(resumed["model"])
+    elif source != "random": load_encoder_weights(model.encoder, source)
     return model, copy.deepcopy(model.encoder).requires_grad_(False).eval()  # before anything moves
 
 @torch.no_grad()
@@ -382,7 +381,7 @@ def train(config, model_config, ranks):
         data = None if config.data == "shapes" else Images(config.data, size, config.seed, part=train_part, folder=out,
                                                            random_crop=config.random_crop, random_flip=config.random_flip)
         val_data = None if val_source == "shapes" else Images(val_source, size, in_order=True, part=val_part, folder=out)
-        for images in filter(None, (data, val_data)): images[0]  # unreadable ones are told before old runs are deleted
+        for images in filter(None, (data, val_data)): images[0]  # raises if none is readable, before old runs are deleted
         source = encoder_source(config, model_config, resumed)  # a missing file is told before weights are made
         kind = config.perceptual
         perceptual = None if kind == "none" else PerceptualLoss(kind, config.lpips_weights, config.convnext_weights)
@@ -473,16 +472,16 @@ def train(config, model_config, ranks):
                 d_net.require_backward_grad_sync = net.require_backward_grad_sync
                 with loss_amp: real, fake = full(d_net(torch.cat([X, X_hat.detach()]))).chunk(2)  # (b, 1, 16, 16) each
                 real_mean, fake_mean = ranks.mean_with_grad(real.mean()), ranks.mean_with_grad(fake.mean())
-                terms["discriminator"] = hinge_d_loss(real, fake)
+                terms |= dict(discriminator=hinge_d_loss(real, fake), real_logit=real_mean, fake_logit=fake_mean)
                 terms["lecam"] = lecam(real_mean, fake_mean, *discriminator.means)
                 ((terms["discriminator"] + config.lecam_weight * terms["lecam"]) / accumulate).backward()
-                discriminator.means.lerp_(torch.stack([real_mean, fake_mean]).detach(), 0.001)  # EMA, 0.999 [TiTok]
             terms["loss"] = loss
             for name, term in terms.items(): logged[name] = logged.get(name, 0) + full(term.detach()) / accumulate
             if indices is not None:  # bincount would wait for the GPU
                 counts.index_add_(0, indices.flatten(), torch.ones(indices.numel(), device=device))
         logged["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         if adversarial: logged["disc_grad_norm"] = nn.utils.clip_grad_norm_(discriminator.parameters(), config.clip)
+        if adversarial: discriminator.means.lerp_(torch.stack([logged["real_logit"], logged["fake_logit"]]), 0.001)  # [TiTok]
         logged["stop"] = loss.new_full((), ranks.stop_asked)  # one rank asked to stop stops all, in the same step
         means = ranks.sum(torch.stack([*logged.values()])) / ranks.size
         optimizer.step()
@@ -509,7 +508,8 @@ def train(config, model_config, ranks):
         if newest.is_dir() and not newest.is_symlink(): newest.rename(f"{newest}-{start:.0f}")  # some copies follow the link
         if not newest.exists() or newest.stat().st_mtime < path.stat().st_mtime:  # else a finished stage was resumed
             newest.unlink(missing_ok=True)
-            newest.symlink_to(folder.name)
+            try: newest.symlink_to(folder.name)
+            except OSError: shutil.copytree(folder, newest)  # some file systems have no links
         report({"stage": config.stage, "validation PSNR": f"{val_psnr:.2f} dB",
                 "validation codebook use": ema.quantizer and f"{val_usage:.1%} of {model_config.codebook_size} codes",
                 "time": f"{(time.time() - start) / 60:.1f} minutes", "pictures": pictures, "tokenizer": folder,
@@ -532,8 +532,8 @@ def main():
     if model_config.encoder_weights != "stage0": raise UserError("stage 0 is for --encoder_weights stage0 alone")
     if path.exists() and not config.overwrite: raise UserError(f"{path} exists: --overwrite makes it anew")
     if ranks.first: pretrain(config, model_config, ranks.device, path)
-    again = path.with_name("stage1.pt").exists()
-    ranks.say(f"wrote {path}\nNext:", next_command("train_tokenizer.py", config, CARRIED, overwrite=again))
+    then = next_command("train_tokenizer.py", config, CARRIED, overwrite=path.with_name("stage1.pt").exists())
+    ranks.say(f"wrote {path}\nNext: {then}")
 
 # ---- The shapes world: 64 x 64 pictures of one to four objects, drawn by the thousand a second. Picture i is a function of i
 # alone. From VALIDATION on they are for validation, and only there do HELD_OUT pairs of shape and colour appear.
@@ -574,7 +574,7 @@ def plan(index, task=None):
     color = torch.where(HELD_OUT[shape, color] & (index < VALIDATION)[:, None], (color + 1) % 8, color)  # none in training
     relation = (u[:, 1] * 4).long()
     cells = u[:, 16:20].argsort(1)  # (B, 4) quadrants: 0 1 over 2 3,
-    cells = torch.where(torch.arange(4) < count[:, None], cells, cells + 4).sort(1).values % 4  # taken in reading order
+    cells = torch.where(torch.arange(4) < count[:, None], cells, cells + 4).sort(1).values % 4  # the taken first, as one reads
     pairs = torch.tensor([[0, 1], [1, 0], [0, 2], [2, 0], [2, 3], [3, 2], [1, 3], [3, 1]])  # first, second by relation
     cells[:, :2] = torch.where(position, pairs[relation + 4 * (u[:, 20] < 0.5)], cells[:, :2])
     radius = 10 + 2 * u[:, 21:25]
@@ -628,9 +628,9 @@ def draw_layers(scene):
     cover, rows, columns = masks(*(t[b, k] for t in (scene.shape, scene.x, scene.y, scene.radius, scene.angle)))
     layers = torch.zeros(len(scene.count), 6, SIDE, SIDE)
     layers[b[:, None, None], k[:, None, None], rows, columns] = cover
-    torch.sub(1, layers[:, :4].sum(1), out=layers[:, 4])
+    layers[:, 4] = 1 - layers[:, :4].sum(1)
     at = (torch.arange(SIDE) + 0.5) / SIDE - 0.5
-    torch.mul(layers[:, 4], scene.slope[:, 0, None, None] * at + scene.slope[:, 1, None, None] * at[:, None], out=layers[:, 5])
+    layers[:, 5] = layers[:, 4] * (scene.slope[:, 0, None, None] * at + scene.slope[:, 1, None, None] * at[:, None])
     return layers
 def render(scene):
     """Scene -> images (B, 3, 64, 64) in [0, 1]."""
