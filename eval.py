@@ -42,9 +42,9 @@ class EvalConfig:
     vqa: bool = False                     # instead: out_dir's MLLM answers questions about shapes, on each tokenizer's features
     generation: bool = False              # instead: score out_dir's generator on prompts of the shapes world
     curves: bool = False                  # instead: draw loss, PSNR and codebook usage from out_dir's logs
-    guidance: float = SampleConfig.guidance  # of its pictures, as in sample.py, presets too, but without top_k
-    temperature: float = SampleConfig.temperature  # of its pictures
-    top_p: float = SampleConfig.top_p     # of its pictures
+    guidance: float = SampleConfig.guidance  # with --generation: as in sample.py, presets too, but without top_k
+    temperature: float = SampleConfig.temperature  # with --generation
+    top_p: float = SampleConfig.top_p     # with --generation
     def __post_init__(self):
         self.out_dir = self.out_dir or f"out/{self.config}"
         self.num_images = self.num_images or (512 if self.generation or self.vqa else 2048)
@@ -119,7 +119,7 @@ def reconstruction(model, nets, dataset, positions, config, ranks):
         reasons["skipped"] = f"{skipped} unreadable images: those after them are scored again"
     protocol = (f"{config.data}: {n} images, shorter edge to {dataset.size if dataset else native} px (bicubic, antialiased), "
                 f"centre crop; reconstructed at {native} px, scored at {size} px, clamped and rounded to 8 bits; "
-                "PSNR per image, then mean; reference set: the same images")
+                "PSNR per image, then mean; reference set: the same images; kNN of 20 and probe: even images fit, odd test")
     return out | dict(reasons=reasons, protocol=protocol), counts
 
 # ---- Semantics without a language model: classes from mean-pooled features
@@ -158,8 +158,8 @@ def semantics(model, teacher, dataset, total, config, device):
         if teacher: found["teacher"] = teacher(images)
         if model.quantizer: found["tokens"] = model.quantizer(model.to_code(found["features"]))[0]
         for name, z in found.items(): rows[name].append(z.mean(1).float().cpu())  # (B, N, d) -> (B, d)
+        if len(labels) <= 4096: small.append((resize(images, 64) * 255).round().byte().cpu())
         labels += batch["label"]
-        if len(labels) <= 4096 + len(images): small.append((resize(images, 64) * 255).round().byte().cpu())
     rows = {name: torch.cat(z) if z else None for name, z in rows.items()}  # (total, d)
     if model.quantizer and len(labels) >= 8:  # one image a cluster at least
         draw_clusters((rows["features"], rows["tokens"]), torch.cat(small), Path(config.out_dir) / "clusters.png")
@@ -267,8 +267,8 @@ def generation(folder, config, ranks):
 def code_meanings(model, device, pictures=2048):
     """-> (k, d): each code's mean Z_I on training pictures, or 0. Not Z_bot, which no loss ties to Z_I."""
     sums = torch.zeros(model.config.codebook_size, model.config.dim + 1, device=device)  # and their count
-    for part in torch.arange(pictures).split(64):
-        Z_I = model.encode(resize(render(plan(part)), model.config.image_size).to(device))  # (B, N, d)
+    for batch in batches(None, model.config.image_size, range(pictures), 64, device=device):
+        Z_I = model.encode(batch["image"])  # (B, N, d)
         sums.index_add_(0, model.quantizer(model.to_code(Z_I))[1].flatten(), F.pad(Z_I, (0, 1), value=1).flatten(0, 1))
     return sums[:, :-1] / sums[:, -1:].clamp(min=1)
 
@@ -296,7 +296,7 @@ def vqa(folder, config, ranks):
         for kind, truth, said in sorted(rows): right[kind].append(truth == said)
         right["overall"] = sum(right.values(), [])
         out[f"vqa_{name}"] = {kind: sum(hits) / len(hits) for kind, hits in right.items()}
-        yes = [(truth == "yes", said != "no") for kind, truth, said in rows if kind == "presence"]  # (true, claimed)
+        yes = [(truth == "yes", said != "no") for kind, truth, said in rows if kind == "presence"]  # (true, claimed), as POPE
         both, true, claimed = yes.count((True, True)), sum(a for a, _ in yes), sum(b for _, b in yes)
         out[f"pope_{name}"] = dict(accuracy=sum(a == b for a, b in yes) / len(yes), precision=both / max(1, claimed),
                                    recall=both / max(1, true), f1=2 * both / max(1, true + claimed))
@@ -308,7 +308,7 @@ def evaluate(folder, config, ranks):
     model, start, nets, reasons = load_tokenizer(folder, ranks.device), time.time(), {}, {}
     dataset, first, total = None, VALIDATION, config.num_images
     if config.data != "shapes":
-        first, size = 0, max(config.size, model.config.image_size, model.config.output_size)
+        first, size = 0, config.size or max(model.config.image_size, model.config.output_size)
         with ranks.first_alone(): dataset = Images(config.data, size, in_order=True, part=config.part, folder=config.out_dir)
         total = min(total, len(dataset))
         dataset.chosen = dataset.chosen[[i * len(dataset) // total for i in range(total)]]
@@ -323,7 +323,6 @@ def evaluate(folder, config, ranks):
     result = dict.fromkeys(keys.split()) | metrics
     if model.quantizer:
         result |= zip(("codebook_usage", "codebook_perplexity", "token_entropy_bits"), code_usage(counts))
-        result["dead_codes"] = int((counts == 0).sum())
     if ranks.first:
         accuracy, why = semantics(model, nets.get("teacher"), dataset, total, config, ranks.device)
         result |= accuracy | dict(reasons=result["reasons"] | reasons | why)
@@ -365,16 +364,16 @@ def main():
     for folder in folders[1:]: load_tokenizer(folder)  # what is none is told before the first's hour is lost
     results = {folder: task(folder, config, ranks) for folder in folders}
     if not ranks.first: return
-    print(table(results))
-    path, old, kept = out / ("vqa.json" if config.vqa else "eval.json"), {}, "" if config.generation else "geneval"
+    path, old, text = out / ("vqa.json" if config.vqa else "eval.json"), {}, [table(results)]
     with contextlib.suppress(Exception):  # none yet, or not ours
         read = json.loads(path.read_text())
         old = {scores["tokenizer"]: scores for scores in ([read] if "tokenizer" in read else read.values())}
     for folder, scores in results.items():
         protocol, reasons = scores.get("protocol") or scores["geneval_protocol"], scores.get("reasons", {})
-        print(f"{folder}: {protocol}", *map(": ".join, reasons.items()), sep="\n  ")
+        text.append("\n  ".join([f"{folder}: {protocol}", *map(": ".join, reasons.items())]))
         scores["tokenizer"] = which = identity(folder)  # its own scores and its generator's stay side by side
-        results[folder] = {key: value for key, value in old.get(which, {}).items() if key.startswith(kept)} | scores
+        results[folder] = {k: v for k, v in old.get(which, {}).items() if config.generation or "geneval" in k} | scores
+    with contextlib.suppress(OSError): print(*text, sep="\n", flush=True)  # no reader of the pipe is left, say
     if path.exists(): path.replace(path.with_suffix(".old.json"))  # it may hold scores of other tokenizers or data
     path.write_text(json.dumps(results if len(results) > 1 else results[folders[0]], indent=1))
     print(f"wrote {path}")

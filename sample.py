@@ -60,7 +60,7 @@ class SampleConfig:
         check_options(self.guidance, self.temperature, self.top_k, self.top_p)
         self.dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
 
-PRESETS = {"config tiny": dict(precision="float32", guidance=2.0, temperature=1.0, top_k=0, top_p=0.6)}  # [ours] measured
+PRESETS = {"config tiny": dict(precision="float32", guidance=2.0, top_k=0, top_p=0.6)}  # [ours] measured
 def check_options(guidance, temperature, top_k, top_p):
     limits = dict(guidance=(guidance, 100), temperature=(temperature, 100), top_k=(top_k, 1 << 20), top_p=(top_p, 1))
     for name, (value, most) in limits.items():
@@ -78,8 +78,8 @@ def choose(logits, u, temperature, top_k, top_p):
         if (top.sum(1) < top_p).any(): top = p.sort(1, descending=True).values
         last = (top.cumsum(1) < top_p).sum(1, keepdim=True)  # (B, 1), where their sum reaches top_p
         p = p * (p >= top.gather(1, last.clamp(max=top.shape[1] - 1)))
-    total = p.cumsum(1)  # (B, k)
-    return torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0].clamp(max=p.shape[1] - 1)
+    cumulative = p.cumsum(1)  # (B, k)
+    return torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)[:, 0].clamp(max=p.shape[1] - 1)
 
 def attend(module, q, k, v, allowed, scaling, **_):
     """q (R, H, L, a) attends to the first n of the cached k, v (R, h, length, a) where `allowed` (R, 1, L, n). a: a head's width.
@@ -107,7 +107,7 @@ def cache_and_step(lm, length, compiled, *_):  # _: rows, dtype, device; a chang
 
 @torch.inference_mode()  # a tenth faster than no_grad where steps are small
 def generate(lm, text_tokenizer, prompts, seeds, guidance=1, temperature=1, top_k=0, top_p=1, width=0, compiled=False, bar=None):
-    """B captions ("": the unconditional prompt) and B seeds -> codes (B, N) int64; UserError for what check_options refuses.
+    """B captions ("": the unconditional prompt) and B seeds -> codes (B, N) int64; UserError for options or words that cannot be.
     width: least columns for captions: equal shapes spare compilations. compiled: by torch.compile, for GPUs. bar: tqdm."""
     check_options(guidance, temperature, top_k, top_p)
     visual, device, B, N = lm.config.visual, lm.device, len(prompts), lm.config.visual["tokens"]
@@ -117,7 +117,7 @@ def generate(lm, text_tokenizer, prompts, seeds, guidance=1, temperature=1, top_
     ids, mask = (F.pad(t, (max(0, width + 1 - t.shape[1]), 0)).to(device) for t in layout(text_tokenizer, visual, texts))
     R, P = ids.shape  # R = 2 B when guided; P: prompts, with BOI
     seen = F.pad(mask.bool(), (0, N - 1), value=True)[:, None, None]  # (R, 1, 1, P + N - 1): the last code is drawn, not read
-    allowed = seen[..., :P].expand(-1, -1, P, -1).tril() | torch.eye(P, device=device).bool()  # (R, 1, P, P); itself too: no NaN
+    allowed = seen[..., :P].expand(-1, -1, P, -1).tril() | torch.eye(P, device=device).bool()  # (R, 1, P, P); itself too, or NaN
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # (R, P): padding does not count
     cache, next_step = cache_and_step(lm, P + N - 1, compiled, R, lm.dtype, device)
     cache.reset()
@@ -148,18 +148,18 @@ def answer(mllm, text_tokenizer, Z_I, questions, max_new_tokens=64):
 def converse(config, device):  # answers --ask about --image; the tokenizer's encoder takes the place of the MLLM's VFM
     mllm, text_tokenizer, tokenizer = load_mllm(config.out_dir, config.tokenizer, device, config.dtype)
     with explained(f"--image {config.image} cannot be read as an image"): X = square(config.image, tokenizer.config.image_size)
-    asked = [question.replace("<image>", "").strip() for question in config.ask]  # which answer() puts first itself
+    asked = [tidy(question.replace("<image>", "")) for question in config.ask]  # answer() puts it first itself
     Z_I = tokenizer.encode(X[None].to(device)).expand(len(asked), -1, -1)
     for question, text in zip(asked, answer(mllm, text_tokenizer, Z_I, asked)): print(question, text)
 
 # ---- What to draw ---------------------------------------------------------------------------------------------------
+def tidy(text): return " ".join(text.encode(errors="replace").decode().split())  # of valid characters and single spaces
 Job = collections.namedtuple("Job", "prompt numbers path where line", defaults=[""])  # a file of pictures of one prompt
 def read_jobs(config):  # -> out folder and jobs
     kind = "geneval" if config.geneval else "dpg" if config.dpg else "samples"
     out, jobs = Path(config.out or f"{config.out_dir}/{kind}").absolute(), []
     each = config.num_images or (1 if kind == "samples" else 4)
     def read(file): return [line.rstrip("\n") for line in open(file, encoding="utf-8-sig", errors="replace")]
-    def tidy(text): return " ".join(text.split())
     if config.geneval:  # OUT/00003/metadata.jsonl, OUT/00003/samples/00000.png, ...
         for i, line in enumerate(read(config.geneval)):
             where = f"{config.geneval}, line {i + 1}"
@@ -213,10 +213,10 @@ def main():
     at_once = max(1, min(config.batch_size // each, len(todo)))  # files
     bar = tqdm(total=len(todo) * each * N, desc=f"sampling {len(todo)} of {len(jobs)}", unit="code", disable=not ranks.first)
     for part in torch.utils.data.BatchSampler(todo, at_once, drop_last=False):
-        fill = (part * at_once)[:at_once] if compiled else part  # a compiled step has one batch size
+        fill = (part * at_once)[:at_once] if compiled else part  # repeats fill the last batch: a compiled step has one size
         prompts = [job.prompt for job in fill for _ in job.numbers]
-        keys = [f"{config.seed + j} {job.prompt}" for job in fill for j in job.numbers]  # no two captions share chance
-        codes = generate(lm, text_tokenizer, prompts, [zlib.crc32(key.encode()) for key in keys], *how, bar)[:len(part) * each]
+        seeds = [zlib.crc32(f"{config.seed + j} {job.prompt}".encode()) for job in fill for j in job.numbers]  # all differ
+        codes = generate(lm, text_tokenizer, prompts, seeds, *how, bar)[:len(part) * each]
         images = tokenizer.detokenize(codes).clamp(0, 1).cpu()  # (b each, 3, H, W)
         for job, pictures in zip(part, images.split(each)):
             job.path.parent.mkdir(parents=True, exist_ok=True)
@@ -228,6 +228,6 @@ def main():
     bar.close()
     ranks.wait()
     if ranks.first and not resumes: save_image(shown, out / "grid.png", nrow=8)
-    ranks.say(f"\n{len(jobs)} pictures in {out}" + ("" if resumes else f"; {len(shown)} of them together in grid.png"))
+    ranks.say(f"\n{len(jobs)} files in {out}" + ("" if resumes else f"; {len(shown)} of them together in grid.png"))
 
 if __name__ == "__main__": command_line(main)

@@ -67,7 +67,7 @@ class ARConfig:
     val_images: int = 256                 # [ours] images a validation
     # model
     lm: str = "Qwen/Qwen3-0.6B"           # [T9] hub name or folder of a language model (generate: a Qwen3); or random
-    lm_config: dict = None                # of --lm random: Qwen3Config's values; its words are those of the captions
+    lm_config: dict = None                # of --lm random: Qwen3Config's values; its words are those of the training texts
     max_length: int = 1536                # [T9] tokens of caption and picture, or of a conversation; longer texts are cut
     # data
     batch_size: int = 512                 # [T9] images a step, over all ranks and accumulation
@@ -107,7 +107,7 @@ PRESETS = {
     "config tiny, phase pretrain": dict(lr=3e-4, total_steps=60, warmup_steps=10),
     "config tiny, phase sft": dict(lr=1e-3, total_steps=1500),
 }
-SHARED = {"config", "out_dir", "device", "tokenizer"}  # flags that the next command takes over; CARRIED: SFT
+SHARED = {"config", "out_dir", "device", "tokenizer"}  # flags that the next command takes over; CARRIED: if it is SFT's
 CARRIED = SHARED | set(
     "data val_data images lm lm_config max_length micro_batch num_workers precision compile checkpointing seed".split())
 
@@ -207,9 +207,8 @@ def open_codes(source, part, config, tokenizer, which, ranks):
     if not any(record["label"] or record["text"] for record in map(dataset.record, range(len(dataset)))):
         raise UserError(f"no {part} image of {source} has caption or class: add metadata.jsonl or .txt (README)")
     if source.endswith(".tar"): images = fingerprint(dataset.records.paths, len(dataset))
-    else:
-        places = [place for record in dataset.records for place in (record["image"], record["text"])]
-        files = [place[0] for place in places if isinstance(place, tuple)]  # else the text itself
+    else:  # a text that is no file stands in the records
+        files = [place[0] for row in dataset.records for place in (row["image"], row["text"]) if isinstance(place, tuple)]
         images = fingerprint(files, len(dataset), dataset.records)
     path = Path(config.out_dir) / f"codes-{part}-{which}-{images}.npy"
     if path.is_file(): return np.load(path, mmap_mode="r")
@@ -298,7 +297,7 @@ class Conversations(Images):  # those of LLaVA's JSON (README shows one) by posi
         for number, row in enumerate(rows):
             with explained(f"{file}, conversation {number} (from 0): not LLaVA's JSON (image; conversations of human and gpt)"):
                 if "image" not in row: continue
-                said = [turn["value"].strip() for turn in row["conversations"]]
+                said = [turn["value"].encode(errors="replace").decode().strip() for turn in row["conversations"]]
                 turns = [*zip(said[::2], said[1::2], strict=True)]
                 who = [turn.get("from") for turn in row["conversations"]]
                 if "gpt" in who[::2] or "human" in who[1::2]: raise ValueError("they do not take turns")
@@ -331,7 +330,7 @@ def questions(index, scene):
         else:
             shape = drawn[i] if u[6] < 0.8 else SHAPES[int(u[7] * 6)]
             asked[f"how many {PLURAL[shape]} are there?"] = "counting", NUMBERS[drawn.count(shape)]
-        alone = [o for o in dict.fromkeys((i, j)) if drawn.count(drawn[o]) == 1]  # their shape tells which is meant
+        alone = [o for o in ([i] if i == j else [i, j]) if drawn.count(drawn[o]) == 1]  # their shape tells which is meant
         asked |= {f"what color is the {drawn[o]}?": ("color", things[o][0]) for o in alone}
         dx, dy = xs[i] - xs[j], ys[i] - ys[j]
         if u[8] < 0.3 and len(alone) == 2 and max(abs(dx), abs(dy)) > 8:
@@ -339,7 +338,7 @@ def questions(index, scene):
             of = " of" if "left" in ways else ""
             asked[f"is the {drawn[i]} {' or '.join(ways)}{of} the {drawn[j]}?"] = "position", ways[d >= 0]
         else:
-            for o, across in zip(alone, (u[9] < 0.5, u[9] >= 0.5)):
+            for o, across in zip(alone, (u[9] < 0.5, u[9] >= 0.5)):  # of two one across, one down
                 sides, at = (("left", "right"), xs[o]) if across else (("top", "bottom"), ys[o])
                 asked[f"{' or '.join(sides)}: where is the {drawn[o]}?"] = "position", sides[at >= 32]
         out.append(dict(sorted(asked.items(), key=lambda item: zlib.crc32(f"{u[-1]} {item[0]}".encode()))))
@@ -394,7 +393,7 @@ class Generate:  # captions -> codes. The whole language model learns
         rows = self.val if val else self.data
         if rows is None:
             batch, first = self.config.batch_size, positions[0]
-            if not val: first %= max(batch, 25_600 // batch * batch)  # then the first come again, from draw's cache
+            if not val: first %= max(1, 25_600 // batch) * batch  # after 25,600 pictures the first come again, from draw's cache
             return self.draw(range(first, first + len(positions)))
         found = rows[[shuffled(p, len(rows), 0 if val else self.config.seed) for p in positions]]  # files are sorted
         return torch.from_numpy(found["codes"].astype(np.int64)), [text.decode("utf-8", "ignore") for text in found["text"]]
@@ -421,7 +420,7 @@ class Generate:  # captions -> codes. The whole language model learns
         save_image(self.tokenizer.detokenize(ids[:, -N:] - offset).float().clamp(0, 1), self.folder.parent / "samples.png")
         return total
     def next(self):
-        caption = max(self.fetch(range(16))[1], key=bool)  # the first there is
+        caption = next(filter(None, self.fetch(range(16))[1]), "")  # the first there is
         return next_command("sample.py", self.config, SHARED, prompt=" ".join(caption.split()[:12]))
 
 class Understand:  # questions -> answers, from the teacher's Z_I. The connector learns, in SFT the LLM too
