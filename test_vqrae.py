@@ -133,11 +133,11 @@ def test_nearest_does_not_depend_on_the_slices():
     assert torch.equal(whole, torch.cdist(z.double(), codes.double()).argmin(1))
 
 
-@pytest.mark.parametrize("case", ["random", "clustered", "started", "far"])
+@pytest.mark.parametrize("case", ["random", "clustered", "started", "far", "grouped"])
 def test_a_search_in_bf16_finds_what_float64_finds(case, monkeypatch):
     """As SimVQ makes them, near the latents, and far from them, where all distances are large and nearly equal; off the origin, few dimensions with
     most of the variance; as start_on makes them, in principal components whose variance falls fast, of flat patches and of detailed ones: there
-    the products are up to a hundred times the distances."""
+    the products are up to a hundred times the distances; in tight groups of more codes than there are candidates, all alike in bfloat16."""
     k, e, n = 8192, 512, 400
     codes, z = torch.randn(k, e) / e ** 0.5, torch.randn(n, e) / e ** 0.5
     if case == "clustered":
@@ -145,6 +145,9 @@ def test_a_search_in_bf16_finds_what_float64_finds(case, monkeypatch):
         codes, z = (torch.randn(m, 32) @ axes / 5 + 0.05 * torch.randn(m, e) + 3 for m in (k, n))
     if case == "started":
         codes, z = (torch.randn(m, e) / torch.arange(1, e + 1) * torch.randn(m, 1).mul(0.8).exp() * 5 + 0.03 * torch.randn(m, e) for m in (k, n))
+    if case == "grouped":
+        centres = torch.randn(64, e) / e ** 0.5
+        codes, z = (centres[torch.randint(64, (m,))] + 0.2 * torch.randn(m, e) / e ** 0.5 for m in (k, n))
     if case == "far": codes, z = codes / 3 ** 0.5, torch.randn(n, e) / 3 ** 0.5
     truth = torch.cdist(z.double(), codes.double()).argmin(1)
     found = {}
@@ -837,7 +840,9 @@ def test_tar_shards_hold_the_same_images(folder, tmp_path, capsys, monkeypatch):
     (tmp_path / "two.txt").hardlink_to(tmp_path / "one.txt")                  # which tar stores by name alone
     with tarfile.open(tmp_path / "linked.tar", "w") as tar:
         for name in ("one.png", "one.txt", "two.png", "two.txt"): tar.add(tmp_path / name, name)
-    linked = tt.Images(str(tmp_path / "linked.tar"), 32, folder=str(tmp_path / "run"))
+        for name in ("one.mask.png", "two.seg.JPG"): tar.add(tmp_path / "one.png", name)                            # which belong to the others
+    linked = tt.Images(tmp_path / "linked.tar", 32, folder=str(tmp_path / "run"))
+    assert len(linked) == 2
     assert [linked[i]["text"] for i in (0, 1)] == ["the same"] * 2
     with tarfile.open(tmp_path / "lost.tar", "w") as tar:                     # a link to nothing takes no other with it
         for name in ("one.png", "one.txt", "two.txt", "two.png"):
@@ -930,7 +935,7 @@ def simvq_cost(which, n, device="cpu"):
 
 
 @slow
-@pytest.mark.parametrize("which, n, faster, memory", [("ours in float32", 2048, 1.2, 0.6), ("ours in float32", 8192, 1.0, 0.3), ("ours", 2048, 1.2, 0.6), ("ours", 8192, 2.0, 0.3)])
+@pytest.mark.parametrize("which, n, faster, memory", [("ours in float32", 8192, 0.9, 0.3), ("ours", 8192, 2.0, 0.3)])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_simvq_is_fast_and_lean(which, n, faster, memory, device):
     """VQRAE_SLOW=1 pytest -s -k fast_and_lean: the paper's codebook against the formula in float32, each in a process of its own; "ours" searches
@@ -1254,9 +1259,9 @@ def test_two_ranks_equal_one(trained, tmp_path):
     for part in ("model", "ema", "discriminator"):
         for name, value in states[0][part].items():
             torch.testing.assert_close(value, states[1][part][name], rtol=1e-9, atol=1e-10, msg=f"{part} {name}")
-    for name, value in states[0]["model"].items():                            # LeCAM's means are a micro-batch's, so it was off there
+    for name, value in states[0]["model"].items():                            # LeCAM compares means of a micro-batch, so it was off there
         torch.testing.assert_close(value, states[2]["model"][name], rtol=1e-3, atol=1e-5, msg=f"accumulated {name}")
-    torch.testing.assert_close(states[0]["discriminator"]["means"], states[1]["discriminator"]["means"])
+    for other in states[1:]: torch.testing.assert_close(states[0]["discriminator"]["means"], other["discriminator"]["means"], rtol=1e-3, atol=1e-8)
     logs = [json.loads((tmp_path / name / "log_stage2.jsonl").read_text().splitlines()[0]) for name in ("one", "two")]
     assert logs[0]["codebook_usage"] == logs[1]["codebook_usage"]
 
@@ -1301,9 +1306,10 @@ def test_generator_end_to_end(generator):
     weights = sum(p.numel() for p in train_ar.load_generator(out, out / "tokenizer")[0].model.layers.parameters())
     assert 1 < gflop / (2e-9 * weights * 2 * 3) < 2                           # 2 x weights x rows (guided: 2 x 3), the prompt, attention and the head
     said = run("sample.py", "--out_dir", out, *["--prompt", "a red circle left of a blue square"] * 2, "--prompt", "four stars", "--device", "cpu")
-    assert "2 pictures in" in said                                            # each caption once
+    assert "2 files in" in said                                            # each caption once
     assert Image.open(out / "samples" / "four-stars-0.png").size == (32, 32)
-    assert "never learned the word" in run("sample.py", "--out_dir", out, "--prompt", "a mauve circle", fails=True)
+    for prompt in ("a mauve circle", "a red circle \udce9"):                  # the second of invalid bytes
+        assert "never learned the word" in run_inside("sample.py", "--out_dir", str(out), "--prompt", prompt, "--device", "cpu")
 
     lm, text_tokenizer, tokenizer = train_ar.load_generator(out, out / "tokenizer")
     prompts, options = ["a red circle left of a blue square", "four stars", "a ring"], dict(guidance=2.0, temperature=0.8, top_k=20, top_p=0.95)
@@ -1773,6 +1779,38 @@ def test_a_resumed_run_takes_the_new_rates(trained, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(tt, "distill_loss", lambda a, b: a.sum() * math.inf)  # a run that starts over leaves nothing of the old one to resume
     assert "distill is" in run_inside("train_tokenizer.py", *flags, "--overwrite")
     assert "nothing to resume" in run_inside("train_tokenizer.py", *flags, "--resume")
+
+
+def test_a_bug_ends_the_run_though_workers_live(trained, folder, tmp_path):
+    """Its traceback is printed and the process gone: the loader's workers, which ignore signals, would be waited for without end."""
+    code = ("import sys, torch, vqrae, train_tokenizer\ndef fail(*_, **__): raise RuntimeError('cuDNN is unhappy')\n"
+            "torch.optim.AdamW.step = fail; sys.argv[0] = 'train_tokenizer.py'; vqrae.command_line(train_tokenizer.main)")
+    flags = [*WEE, "--out_dir", str(tmp_path / "run"), "--init_from", str(trained[0]), "--data", str(folder), "--num_workers", "2"]
+    done = subprocess.run([sys.executable, "-c", code, *flags], cwd=HERE, capture_output=True, text=True, timeout=100, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    assert done.returncode == 1 and "Traceback" in done.stderr and "cuDNN is unhappy" in done.stderr
+
+
+def test_scores_are_kept_though_nobody_reads_the_output(trained, tmp_path):
+    process = subprocess.Popen([sys.executable, "eval.py", str(trained[0] / "tokenizer"), "--num_images", "8", "--out_dir", str(tmp_path), "--device", "cpu"],
+                               cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    process.stdout.readline()                                                 # as `| head -1`
+    process.stdout.close()
+    process.wait(100)
+    assert json.loads((tmp_path / "eval.json").read_text())["num_images"] == 8
+
+
+def test_unusual_surroundings(trained, tmp_path, monkeypatch):
+    """A file system without links; a cluster's own launcher, which tells less than torchrun."""
+    def refuse(*_): raise OSError(95, "Operation not supported")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "symlink_to", refuse)
+        assert run_inside("train_tokenizer.py", *WEE, "--out_dir", str(tmp_path), "--init_from", str(trained[0])) == "no error"
+    assert not (tmp_path / "tokenizer").is_symlink() and vqrae.load_tokenizer(tmp_path / "tokenizer").config.dim == 32
+    config = resolved("--config", "tiny")[0]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert vqrae.Ranks("cpu").size == 1
+    monkeypatch.setenv("RANK", "0")
+    assert vqrae.next_command("train_tokenizer.py", config, resume=True).startswith("python ")
 
 
 def test_stage_2_wants_the_stage_1_that_it_began_from_with_its_encoder_frozen(trained, tmp_path):

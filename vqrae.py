@@ -17,7 +17,7 @@ Losses: L_P PerceptualLoss, L_G -mean Discriminator(X') (eq. 2); L_quant SimVQ (
 Config: p patch_size, d dim, k codebook_size, e codebook_dim, q, beta; lambda_G disc_weight, lambda_d distill_weight.
 """
 import argparse, contextlib, datetime, fcntl, inspect, io, json, math, os, re, resource, shlex, shutil, signal, sys, time
-import warnings, zipfile
+import traceback, warnings, zipfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -123,9 +123,7 @@ class SimVQ(nn.Module):
             z_c = full(z)
             codes = F.linear(full(self.codebook), full(self.proj.weight))  # C W (k, e)
             indices = nearest(z_c.flatten(0, -2), codes).view(z.shape[:-1])  # (B, N)
-            # One value, two ways to W's gradient: the chosen rows, projected again (twice the work), or all k: whichever is less.
-            if 2 * indices.numel() < len(codes): z_q = full(self.lookup(indices))  # (B, N, e)
-            else: z_q = F.embedding(indices, codes)
+            z_q = F.embedding(indices, codes)  # (B, N, e)
             loss = F.mse_loss(z_q, z_c.detach()) + self.beta * F.mse_loss(z_c, z_q.detach())  # eq. 3: codes to z, z to codes
         z_q = z_q.detach() + (z_c - z_c.detach())  # straight through; the usual z_c + (z_q - z_c).detach() would round
         return z_q.to(z.dtype), indices, loss
@@ -133,7 +131,7 @@ class SimVQ(nn.Module):
         with no_autocast(indices): return self.proj(F.embedding(indices, self.codebook))
     @torch.no_grad()
     def init_codebook(self, latents, iterations=5):
-        """Start the codes on data, for VQRAE.start_on: C = the k-means centres of latents Z_c (M, e), M >= k, and W = I."""
+        """Start the codes on data: C = the k-means centres of latents Z_c (M, e), M >= k, and W = I."""
         k = len(self.codebook)
         draw = lambda: latents[torch.randperm(len(latents), device=latents.device)[:k]]  # (k, e), some latents
         C = draw()
@@ -155,24 +153,27 @@ def nearest(z, codes, max_elements=1 << 23, candidates=24):
     |z - c|^2 / 2 = |c - m|^2 / 2 - (z - m).c + what all codes share. At most `max_elements` of these exist at once (on a GPU
     8 times as many). A large codebook is searched in bfloat16 where that is fast; float32 decides among the best `candidates`."""
     if z.is_cuda: max_elements *= 8
-    z_slices = z.split(max(1, max_elements // len(codes)))  # (r, e) each
-    size = max(1, max_elements // 8 // codes.shape[1])      # so many codes are copied at a time
-    code_slices, mean = codes.split(size), codes.mean(0)    # (size, e) each, (e,)
+    z_slices, mean = z.split(max(1, max_elements // len(codes))), codes.mean(0)  # (r, e) each, (e,)
+    code_slices = codes.split(max(1, max_elements // 8 // codes.shape[1]))       # (s, e) each: so many are copied at a time
     half_norms = torch.cat([(c - mean).square().sum(1) for c in code_slices]) / 2  # (k,)
-    if z.dtype != torch.float32 or codes.numel() < 1 << 22 or not has_bf16(z.device):
-        return torch.cat([torch.addmm(half_norms, rows - mean, codes.T, alpha=-1).argmin(1) for rows in z_slices])  # of (r, k)
+    def plain(rows): return torch.addmm(half_norms, rows - mean, codes.T, alpha=-1).argmin(1)  # of (r, k) -> (r,)
+    if z.dtype != torch.float32 or codes.numel() < 1 << 22 or not has_bf16(z.device): return torch.cat([*map(plain, z_slices)])
     # A result in bfloat16 has 8 bits, and may be a hundred times the differences to be told apart. So the product, summed in
     # float32, also adds half a code's norm and takes away a row's best score among every 256th code: the least end near 0.
     def two(x): return torch.stack([x.bfloat16(), (x - x.bfloat16()).bfloat16()], 1)  # (n,) -> (n, 2), whose sum is x
     def ones(x): return x.new_ones(len(x), 2, dtype=torch.bfloat16)
     def low(x, a, b): return F.pad(torch.cat([x.bfloat16(), a, b], 1), (0, 4))  # -> (n, e + 8), a width GPUs like
-    low_codes = torch.cat([low(mean - c, two(h), ones(c)) for c, h in zip(code_slices, half_norms.split(size))])
+    low_codes = torch.cat([low(mean - c, two(h), ones(c)) for c, h in zip(code_slices, half_norms.split(len(code_slices[0])))])
     def search(rows):  # (r, e) -> (r,)
         x = rows - mean
         near = torch.addmm(half_norms[::256], x, (codes[::256] - mean).T, alpha=-1).amin(1)  # (r,)
-        best = (low(x, ones(x), two(-near)) @ low_codes.T).topk(min(candidates, len(codes)), largest=False).indices
-        n = max(1, size // candidates)
-        return torch.cat([decide(*few) for few in zip(rows.split(n), best.split(n))])
+        scores, best = (low(x, ones(x), two(-near)) @ low_codes.T).topk(min(candidates, len(codes)), largest=False)
+        n = max(1, len(code_slices[0]) // candidates)
+        index = torch.cat([decide(*few) for few in zip(rows.split(n), best.split(n))])
+        error = ((x * (codes[index] - mean)).norm(dim=1) + scores.abs().amax(1)) / 128  # (r,), several times bfloat16's
+        unsure = scores[:, -1] - scores[:, 0] < error  # so many codes alike: the nearest may be missing among the candidates
+        index[unsure] = plain(rows[unsure])
+        return index
     def decide(rows, best):  # (n, e), (n, candidates) -> (n,)
         c, first = F.embedding(best, codes), F.embedding(best[:, :1], codes)  # (n, candidates, e), (n, 1, e)
         more = (c - first).mul_(c.add_(first - 2 * rows[:, None])).sum(2)  # |z - c|^2 - |z - first|^2, hardly rounded
@@ -201,7 +202,7 @@ class Output(NamedTuple):
     indices: torch.Tensor | None  # (B, N) int64; None without a quantiser
     vq_loss: torch.Tensor         # L_quant, scalar; 0 without a quantiser
 
-class VQRAE(nn.Module, PyTorchModelHubMixin):
+class VQRAE(nn.Module, PyTorchModelHubMixin, paper_url="https://arxiv.org/abs/2511.23386"):
     """The tokenizer. Images are (B, 3, h, w) float in [0, 1], RGB, h = w = config.image_size; tokens (B, N) int64.
     `VQRAE(config)` has random weights; `VQRAE.from_pretrained(folder)` reads what a script here saved."""
     def __init__(self, config: VQRAEConfig):
@@ -381,7 +382,7 @@ def load_encoder_weights(encoder, source):
         state = {key: value for key, value in state.items() if not key.startswith(after_Z_I)}
         old = state.get("pos_embed")                              # (1, patches, d), or with the class token's
         if old is not None and old.shape != vit.pos_embed.shape:  # another image size
-            prefix = 0 if math.isqrt(old.shape[1]) ** 2 == old.shape[1] else vit.num_prefix_tokens
+            prefix = 0 if math.isqrt(old.shape[1]) ** 2 == old.shape[1] else vit.num_prefix_tokens  # a square has no class token
             state["pos_embed"] = timm.layers.resample_abs_pos_embed(old, vit.patch_embed.grid_size, num_prefix_tokens=prefix)
         vit.load_state_dict(state, strict=True)
 def save_tokenizer(model, folder, teacher=None):
@@ -487,14 +488,15 @@ def print_config(origin, *configs):
 class Ranks:
     """This process among the others: one without torchrun, else as torchrun says (nccl on GPUs, else gloo)."""
     def __init__(self, device=""):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        launched = {"RANK", "WORLD_SIZE"} <= os.environ.keys()  # by torchrun, or a cluster's own launcher
+        self.rank, self.size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if launched else (0, 1)
         self.first, self.stop_asked = self.rank == 0, False
         device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
         if device == "cuda": device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         with explained(f"--device {device} cannot be used here"): self.device = torch.empty(1, device=device).device
         if self.device.type == "cuda": torch.cuda.set_device(self.device)
         torch.backends.cudnn.allow_tf32 = False  # by default convolutions would use it, and choose other codes
-        if "RANK" in os.environ and not dist.is_initialized():  # hours: rank 0 validates and saves alone
+        if launched and not dist.is_initialized():  # hours: rank 0 validates and saves alone
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))
     def begin(self, old):
         """Delete `old` checkpoints. From now on SIGTERM and Ctrl-C ask for a stop between steps; the same again stops at once."""
@@ -533,18 +535,18 @@ class Log:
     def __init__(self, path, step, config, enabled):
         rows = read_log(path) if enabled and step and path.exists() else []  # before the file is opened anew
         self.file = open(path, "w", buffering=1) if enabled else io.StringIO()
-        again = due(step, config.eval_every, config)
         for row in rows:
-            if row["step"] < step or row["step"] == step and ("loss" in row or not again): self(**row)
+            redone = row["step"] == step and "loss" not in row and due(step, config.eval_every, config)  # a validation's row
+            if row["step"] <= step and not redone: self(**row)
     def __call__(self, **values): print(json.dumps(values), file=self.file)
 
 def bench(config, ranks, parts={}, steps=1, unit="images"):
     """--bench N: how fast is a step? Ask next() of this generator before each step (or each `steps` of them). It says False
     3 + N times: the first step, uncompiled, counts FLOP, two warm up, N are timed. Then it prints the result and says True."""
     cuda = ranks.device.type == "cuda"
-    table = parts and config.profile and torch.profiler.profile()
+    profiler = torch.profiler.profile() if parts and config.profile else None
     for name, part in parts.items():     # {name: network or None}: the table names the forward passes of those called
-        if table and part: part.forward = torch.profiler.record_function(f"forward of {name}")(part.forward)
+        if profiler and part: part.forward = torch.profiler.record_function(f"forward of {name}")(part.forward)
     formulas, aten = {}, torch.ops.aten  # FLOP: two products, backward five; torch 2.11 fails at shared keys
     for kind in ("flash_attention", "cudnn_attention", "efficient_attention", "flash_attention_for_cpu"):
         formulas[getattr(aten, f"_scaled_dot_product_{kind}")] = lambda q, k, *_, **__: 4 * math.prod(q) * k[2]
@@ -553,17 +555,16 @@ def bench(config, ranks, parts={}, steps=1, unit="images"):
     yield from [False] * 2
     if cuda: torch.cuda.synchronize()
     if cuda: torch.cuda.reset_peak_memory_stats()
-    with table or contextlib.nullcontext():
+    with profiler or contextlib.nullcontext():
         start = time.time()
         yield from [False] * config.bench
         if cuda: torch.cuda.synchronize()
         seconds = (time.time() - start) / config.bench / steps
-    if table: ranks.say(table.key_averages().table(sort_by="cuda_time_total" if cuda else "cpu_time_total", row_limit=40))
+    if profiler: ranks.say(profiler.key_averages().table(sort_by="cuda_time_total" if cuda else "cpu_time_total", row_limit=40))
     flops, chip = counter.get_total_flops() / steps, torch.cuda.get_device_name() if cuda else ranks.device.type
     peaks = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12}  # dense FLOP/s, by NVIDIA
     shares = [f" ({flops / seconds / peak:.1%} of its bf16 peak)" for name, peak in peaks.items() if name in chip]
-    memory = resource.getrusage(0).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    if cuda: memory = torch.cuda.max_memory_allocated()
+    memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(0).ru_maxrss * 1024 ** (sys.platform != "darwin")
     ranks.say(f"{config.batch_size / seconds:.1f} {unit}/s, {seconds * 1e3:.2f} ms a step of {config.batch_size}; a rank: "
               f"{flops / 1e12:.3g} TFLOP a step in products, convolutions and attention on {chip}{''.join(shares)}, "
               f"at most {memory / 1e9:.1f} GB")
@@ -609,7 +610,8 @@ def next_command(script, config, keep=None, **more):
     """The command to type next: `script`, started like this run if it trains, with its flags in `keep` (None: all) and `more`."""
     script = Path(sys.argv[0]).with_name(Path(script).name)
     words = ["python", shlex.quote(str(script))]
-    if "RANK" in os.environ and "train" in script.name: words[0] = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
+    ranks = os.environ.get("LOCAL_WORLD_SIZE")  # torchrun's
+    if ranks and "train" in script.name: words[0] = f"torchrun --nproc_per_node={ranks}"
     if keep is None: keep = config.given.keys() - {"overwrite"}
     flags = {name: value for name, value in config.given.items() if name in keep}
     flags |= {name: value for name, value in more.items() if value is not False}
@@ -634,12 +636,12 @@ def command_line(main):
     except (UserError, OSError) as error:
         text = "error: " + str(error).rpartition("UserError: ")[2].strip()  # a worker wraps it in a traceback
         if isinstance(error, OSError): text += "; is that path right?"
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError): text = "error: out of GPU memory, lower --micro_batch or --batch_size"
-        elif not dist.is_initialized() or not re.search("gloo|nccl|peer", str(error), re.I): raise
-        else: text = "error: another rank failed: killed, or it says why"
-    except KeyboardInterrupt:
-        text = "interrupted: what was written before is whole"
+    except torch.OutOfMemoryError: text = "error: out of GPU memory, lower --micro_batch or --batch_size"
+    except KeyboardInterrupt: text = "interrupted: what was written before is whole"
+    except Exception as error:
+        text = traceback.format_exc()  # not raised: Python would then wait for the loader's workers, which ignore its signal
+        if dist.is_initialized() and isinstance(error, RuntimeError) and re.search("gloo|nccl|peer", str(error), re.I):
+            text = "error: another rank failed: killed, or it says why"
     if os.environ.get("RANK", "0") != "0":  # rank 0 most often says the same: let it, and be ended by torchrun
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
