@@ -32,7 +32,7 @@ class EvalConfig:
     data: str = "shapes"                  # shapes, a folder of images, or 'shards-{000..127}.tar'
     part: Literal["all", "val"] = "all"   # of a folder or shards; val: those that training without --val_data held out
     num_images: int = 0                   # how many (files: evenly spread; all, if fewer); 0: 2048, 512 for --vqa, --generation
-    size: int = 0                         # score at this many pixels a side, 7 or more (the paper: 256); 0: as decoded
+    size: int = 0                         # read files and score at this many pixels a side, 7 or more (paper: 256); 0: as decoded
     out_dir: str = ""                     # the run's folder, where eval.json goes; "": out/CONFIG
     batch_size: int = 64                  # images at a time on each rank
     num_workers: int = 0                  # decoding processes a rank

@@ -215,7 +215,7 @@ def main():
     for part in torch.utils.data.BatchSampler(todo, at_once, drop_last=False):
         fill = (part * at_once)[:at_once] if compiled else part  # repeats fill the last batch: a compiled step has one size
         prompts = [job.prompt for job in fill for _ in job.numbers]
-        seeds = [zlib.crc32(f"{config.seed + j} {job.prompt}".encode()) for job in fill for j in job.numbers]  # all differ
+        seeds = [zlib.crc32(f"{config.seed + j} {job.prompt}".encode()) for job in fill for j in job.numbers]  # by caption too
         codes = generate(lm, text_tokenizer, prompts, seeds, *how, bar)[:len(part) * each]
         images = tokenizer.detokenize(codes).clamp(0, 1).cpu()  # (b each, 3, H, W)
         for job, pictures in zip(part, images.split(each)):

@@ -488,7 +488,7 @@ def train(config, model_config, ranks):
         optimizer.zero_grad(set_to_none=ranks.size == 1)  # DDP's buckets hold gradients: None would double them
         decay = min(config.ema_decay, (1 + step) / (10 + step))  # a short memory at first
         get_ema_multi_avg_fn(decay)(averaged, learned, None)
-        logged = dict(zip(logged, means.tolist()))  # a step's only wait for the GPU, all work queued
+        logged = dict(zip(logged, means.tolist()))  # waits for the GPU, all work queued
         check_finite(logged, f"{step} (images {step * config.batch_size} to {(step + 1) * config.batch_size - 1})")
         stop = logged.pop("stop") > 0
         # -------------------------------------------------------------------------------------------------------------
@@ -509,7 +509,7 @@ def train(config, model_config, ranks):
         if not newest.exists() or newest.stat().st_mtime < path.stat().st_mtime:  # else a finished stage was resumed
             newest.unlink(missing_ok=True)
             try: newest.symlink_to(folder.name)
-            except OSError: shutil.copytree(folder, newest)  # some file systems have no links
+            except OSError: shutil.copytree(folder, newest)  # no links here: a copy; an older one was moved aside
         report({"stage": config.stage, "validation PSNR": f"{val_psnr:.2f} dB",
                 "validation codebook use": ema.quantizer and f"{val_usage:.1%} of {model_config.codebook_size} codes",
                 "time": f"{(time.time() - start) / 60:.1f} minutes", "pictures": pictures, "tokenizer": folder,

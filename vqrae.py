@@ -154,31 +154,33 @@ def nearest(z, codes, max_elements=1 << 23, candidates=24):
     8 times as many). A large codebook is searched in bfloat16 where that is fast; float32 decides among the best `candidates`."""
     if z.is_cuda: max_elements *= 8
     z_slices, mean = z.split(max(1, max_elements // len(codes))), codes.mean(0)  # (r, e) each, (e,)
-    code_slices = codes.split(max(1, max_elements // 8 // codes.shape[1]))       # (s, e) each: so many are copied at a time
-    half_norms = torch.cat([(c - mean).square().sum(1) for c in code_slices]) / 2  # (k,)
-    def plain(rows): return torch.addmm(half_norms, rows - mean, codes.T, alpha=-1).argmin(1)  # of (r, k) -> (r,)
-    if z.dtype != torch.float32 or codes.numel() < 1 << 22 or not has_bf16(z.device): return torch.cat([*map(plain, z_slices)])
+    slices = codes.split(max(1, max_elements // 8 // codes.shape[1]))            # (s, e) each: so many are copied at a time
+    half_norms = torch.cat([(c - mean).square().sum(1) for c in slices]) / 2     # (k,)
+    def scored(rows): return torch.addmm(half_norms, rows - mean, codes.T, alpha=-1)  # (r, e) -> (r, k)
+    if z.dtype != torch.float32 or codes.numel() < 1 << 22 or not has_bf16(z.device):
+        return torch.cat([scored(rows).argmin(1) for rows in z_slices])
     # A result in bfloat16 has 8 bits, and may be a hundred times the differences to be told apart. So the product, summed in
     # float32, also adds half a code's norm and takes away a row's best score among every 256th code: the least end near 0.
     def two(x): return torch.stack([x.bfloat16(), (x - x.bfloat16()).bfloat16()], 1)  # (n,) -> (n, 2), whose sum is x
-    def ones(x): return x.new_ones(len(x), 2, dtype=torch.bfloat16)
     def low(x, a, b): return F.pad(torch.cat([x.bfloat16(), a, b], 1), (0, 4))  # -> (n, e + 8), a width GPUs like
-    low_codes = torch.cat([low(mean - c, two(h), ones(c)) for c, h in zip(code_slices, half_norms.split(len(code_slices[0])))])
-    def search(rows):  # (r, e) -> (r,)
+    low_codes = torch.cat([low(mean - c, h, torch.ones_like(h)) for c, h in zip(slices, two(half_norms).split(len(slices[0])))])
+    def search(rows):  # (r, e) -> indices (r,); and where they are unsure (r,): the candidates are all alike to bfloat16
         x = rows - mean
-        near = torch.addmm(half_norms[::256], x, (codes[::256] - mean).T, alpha=-1).amin(1)  # (r,)
-        scores, best = (low(x, ones(x), two(-near)) @ low_codes.T).topk(min(candidates, len(codes)), largest=False)
-        n = max(1, len(code_slices[0]) // candidates)
-        index = torch.cat([decide(*few) for few in zip(rows.split(n), best.split(n))])
-        error = ((x * (codes[index] - mean)).norm(dim=1) + scores.abs().amax(1)) / 128  # (r,), several times bfloat16's
-        unsure = scores[:, -1] - scores[:, 0] < error  # so many codes alike: the nearest may be missing among the candidates
-        index[unsure] = plain(rows[unsure])
-        return index
-    def decide(rows, best):  # (n, e), (n, candidates) -> (n,)
-        c, first = F.embedding(best, codes), F.embedding(best[:, :1], codes)  # (n, candidates, e), (n, 1, e)
-        more = (c - first).mul_(c.add_(first - 2 * rows[:, None])).sum(2)  # |z - c|^2 - |z - first|^2, hardly rounded
-        return best.gather(1, more.argmin(1, keepdim=True))[:, 0]
-    return torch.cat([search(rows) for rows in z_slices])
+        near = two(-torch.addmm(half_norms[::256], x, (codes[::256] - mean).T, alpha=-1).amin(1))  # (r, 2)
+        index, scores = decide(rows, low(x, torch.ones_like(near), near) @ low_codes.T)
+        error = ((x * (codes[index] - mean)).norm(dim=1) + scores.abs().amax(1)) / 128  # about five deviations of bfloat16's
+        return index, scores[:, -1] - scores[:, 0] < error
+    def decide(rows, scores):  # (r, e), (r, k) -> indices (r,), the candidates' scores
+        scores, best = scores.topk(min(candidates, len(codes)), largest=False)  # (r, candidates) each
+        index, n = [], max(1, len(slices[0]) // candidates)
+        for z, best in zip(rows.split(n), best.split(n)):
+            c, first = F.embedding(best, codes), F.embedding(best[:, :1], codes)  # (n, candidates, e), (n, 1, e)
+            more = (c - first).mul_(c.add_(first - 2 * z[:, None])).sum(2)  # |z - c|^2 - |z - first|^2, hardly rounded
+            index.append(best.gather(1, more.argmin(1, keepdim=True))[:, 0])
+        return torch.cat(index), scores
+    index, unsure = map(torch.cat, zip(*map(search, z_slices)))
+    for part in unsure.nonzero()[:, 0].split(len(z_slices[0])): index[part] = decide(z[part], scored(z[part]))[0]  # GPUs wait
+    return index
 
 # ---- Decoder --------------------------------------------------------------------------------------------------------
 class Decoder(nn.Module):
@@ -345,8 +347,7 @@ def lecam(real_mean, fake_mean, ema_real, ema_fake):  # Tseng et al. 2021 [TiTok
     return F.relu(real_mean - ema_fake).square() + F.relu(ema_real - fake_mean).square()
 
 # ---- Files ----------------------------------------------------------------------------------------------------------
-def to_timm_keys(state):
-    """A ViT's state dict in timm's or transformers' names (alone or in an MLLM) -> in timm's, with q, k, v stacked."""
+def to_timm_keys(state):  # a ViT's state dict in timm's or transformers' names (alone or in an MLLM) -> timm's, q, k, v stacked
     for prefix in ("model.vision_tower.", "vision_tower.", "vision_model."):  # in this order: they nest
         state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)} or state
     out = {timm_key(key): value for key, value in state.items()}
@@ -403,8 +404,7 @@ def load_tokenizer(folder, device="cpu"):  # in eval mode; downloads nothing
         raise UserError(f"{folder} is not a tokenizer folder (config.json, model.safetensors): train one, same --config")
     with explained(f"{folder} cannot be read as a tokenizer"), contextlib.redirect_stdout(io.StringIO()):  # the mixin prints
         return VQRAE.from_pretrained(str(folder)).to(device).eval()
-def save_checkpoint(path, state, write=torch.save):
-    """Write to a temporary name, then rename: a full disk or a kill leaves the previous file whole."""
+def save_checkpoint(path, state, write=torch.save):  # to a temporary name, then renamed: a full disk leaves the old file whole
     partial = Path(f"{path}.partial")
     try:
         with explained(f"cannot write {path}: free some space, what is saved is whole (--resume)"), open(partial, "wb") as file:
@@ -641,10 +641,10 @@ def command_line(main):
     except Exception as error:
         text = traceback.format_exc()  # not raised: Python would then wait for the loader's workers, which ignore its signal
         if dist.is_initialized() and isinstance(error, RuntimeError) and re.search("gloo|nccl|peer", str(error), re.I):
-            text = "error: another rank failed: killed, or it says why"
+            text = f"error: another rank failed: killed, or it says why ({' '.join(str(error).split())[:200]})"
     if os.environ.get("RANK", "0") != "0":  # rank 0 most often says the same: let it, and be ended by torchrun
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
-    sys.stdout.flush()
+    with contextlib.suppress(OSError): sys.stdout.flush()  # its reader may be gone
     print(text, file=sys.stderr, flush=True)
     os._exit(1)  # no waiting for ranks that will never answer
