@@ -205,7 +205,7 @@ class Output(NamedTuple):
     vq_loss: torch.Tensor         # L_quant, scalar; 0 without a quantiser
 
 class VQRAE(nn.Module, PyTorchModelHubMixin, paper_url="https://arxiv.org/abs/2511.23386"):
-    """The tokenizer. Images are (B, 3, h, w) float in [0, 1], RGB, h = w = config.image_size; tokens (B, N) int64.
+    """The tokenizer. Images are (B, 3, h, w) float in [0, 1] (X' about), RGB, h = w = config.image_size; tokens (B, N) int64.
     `VQRAE(config)` has random weights; `VQRAE.from_pretrained(folder)` reads what a script here saved."""
     def __init__(self, config: VQRAEConfig):
         super().__init__()
@@ -265,7 +265,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin, paper_url="https://arxiv.org/abs/25
     @torch.no_grad()
     def detokenize(self, indices):  # (B, N)
         if self.quantizer is None: raise UserError("quantizer none (RAE) has no tokens to decode")
-        return self.decoder(self.from_code(self.quantizer.lookup(indices)))  # X' (B, 3, H, W)
+        return self.decoder(self.from_code(self.quantizer.lookup(indices)))  # X' (B, 3, H, W), as forward's: not clamped
 
 # ---- Losses: means over elements, in float32; perceptual networks and discriminator run in --loss_precision ---------
 def distill_loss(Z_I, teacher_Z_I):  # eq. 5: keeps the features (B, N, d) where an MLLM expects them
