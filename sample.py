@@ -22,7 +22,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 from transformers import AttentionInterface, StaticCache, TopKLogitsWarper
 
-from train_ar import chat, layout, load_generator, load_mllm, pad_ids, square, visual_logits
+from train_ar import chat, layout, load_generator, load_mllm, pad_ids, square, valid, visual_logits
 from vqrae import Ranks, UserError, bench, check_least, command_line, explained, full, parse_config, print_config, uniform
 
 @dataclass
@@ -153,7 +153,7 @@ def converse(config, device):  # answers --ask about --image; the tokenizer's en
     for question, text in zip(asked, answer(mllm, text_tokenizer, Z_I, asked)): print(question, text)
 
 # ---- What to draw ---------------------------------------------------------------------------------------------------
-def tidy(text): return " ".join(text.encode(errors="replace").decode().split())  # of valid characters and single spaces
+def tidy(text): return " ".join(valid(text).split())
 Job = collections.namedtuple("Job", "prompt numbers path where line", defaults=[""])  # a file of pictures of one prompt
 def read_jobs(config):  # -> out folder and jobs
     kind = "geneval" if config.geneval else "dpg" if config.dpg else "samples"

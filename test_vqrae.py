@@ -936,7 +936,7 @@ def simvq_cost(which, n, device="cpu"):
 
 
 @slow
-@pytest.mark.parametrize("which, n, faster, memory", [("ours in float32", 8192, 0.9, 0.3), ("ours", 8192, 1.9, 0.3)])
+@pytest.mark.parametrize("which, n, faster, memory", [("ours in float32", 2048, 1.2, 0.6), ("ours in float32", 8192, 1.0, 0.3), ("ours", 2048, 1.2, 0.6), ("ours", 8192, 2.0, 0.3)])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_simvq_is_fast_and_lean(which, n, faster, memory, device):
     """VQRAE_SLOW=1 pytest -s -k fast_and_lean: the paper's codebook against the formula in float32, each in a process of its own; "ours" searches
@@ -1310,8 +1310,8 @@ def test_generator_end_to_end(generator):
     said = run("sample.py", "--out_dir", out, *["--prompt", "a red circle left of a blue square"] * 2, "--prompt", "four stars", "--device", "cpu")
     assert "2 files in" in said                                               # each caption once
     assert Image.open(out / "samples" / "four-stars-0.png").size == (32, 32)
-    for prompt in ("a mauve circle", "a red circle \udce9"):                  # the second of invalid bytes
-        assert "never learned the word" in run_inside("sample.py", "--out_dir", str(out), "--prompt", prompt, "--device", "cpu")
+    assert "never learned the word" in run("sample.py", "--out_dir", out, "--prompt", "a mauve circle", fails=True)
+    assert "never learned the word" in run_inside("sample.py", "--out_dir", str(out), "--prompt", "a red circle \udce9", "--device", "cpu")     # invalid bytes
 
     lm, text_tokenizer, tokenizer = train_ar.load_generator(out, out / "tokenizer")
     prompts, options = ["a red circle left of a blue square", "four stars", "a ring"], dict(guidance=2.0, temperature=0.8, top_k=20, top_p=0.95)

@@ -116,6 +116,7 @@ CARRIED = SHARED | set(
 BOI, EOI = "<|vision_start|>", "<|vision_end|>"  # Qwen3's own names; other text tokenizers are given them
 PAD, UNKNOWN, END, IMAGE = "<pad>", "<unk>", "</s>", -1  # IMAGE: one feature of Z_I among the ids
 
+def valid(text): return text.encode(errors="replace").decode()  # half characters, which tokenizers refuse, become "?"
 def word_tokenizer(texts):  # a text tokenizer of their words and punctuation marks, in lower case
     split, lower = tokenizers.pre_tokenizers.Whitespace(), tokenizers.normalizers.Lowercase()
     words = {word for text in texts for word, _ in split.pre_tokenize_str(lower.normalize_str(text))}
@@ -297,7 +298,7 @@ class Conversations(Images):  # those of LLaVA's JSON (README shows one) by posi
         for number, row in enumerate(rows):
             with explained(f"{file}, conversation {number} (from 0): not LLaVA's JSON (image; conversations of human and gpt)"):
                 if "image" not in row: continue
-                said = [turn["value"].encode(errors="replace").decode().strip() for turn in row["conversations"]]
+                said = [valid(turn["value"]).strip() for turn in row["conversations"]]
                 turns = [*zip(said[::2], said[1::2], strict=True)]
                 who = [turn.get("from") for turn in row["conversations"]]
                 if "gpt" in who[::2] or "human" in who[1::2]: raise ValueError("they do not take turns")

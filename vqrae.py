@@ -36,8 +36,7 @@ class UserError(ValueError):
     """A mistake the user can mend. It says what is wrong, where, and what to do; the scripts print it as one line."""
 
 @contextlib.contextmanager
-def explained(message, *kinds):
-    """An error of these kinds (none: any) inside the `with` becomes a UserError: `message` and its own first words."""
+def explained(message, *kinds):  # an error of these kinds (none: any) becomes a UserError: message and its own first words
     try:
         yield
     except kinds or Exception as error:
@@ -83,8 +82,7 @@ MODELS = {  # tiny: a stand-in VFM that train_tokenizer.py pretrains itself, sma
 }
 
 # ---- Encoder --------------------------------------------------------------------------------------------------------
-def create_vit(config, **changes):
-    """The config's timm ViT with random weights and no pooling head: it would get no gradient, which DDP refuses."""
+def create_vit(config, **changes):  # timm's ViT, random; no pooling head: it would get no gradient, which DDP refuses
     sizes = dict(img_size=config.image_size, patch_size=config.patch_size, embed_dim=config.dim)
     with explained(f"timm cannot build {config.encoder} as a ViT with {config.encoder_kwargs}, dim {config.dim}"):
         return timm.create_model(config.encoder, num_classes=0, global_pool="", **(config.encoder_kwargs | sizes | changes))
@@ -123,7 +121,9 @@ class SimVQ(nn.Module):
             z_c = full(z)
             codes = F.linear(full(self.codebook), full(self.proj.weight))  # C W (k, e)
             indices = nearest(z_c.flatten(0, -2), codes).view(z.shape[:-1])  # (B, N)
-            z_q = F.embedding(indices, codes)  # (B, N, e)
+            # One value; W's gradient goes through the chosen rows (projected again: twice the work) or all k: whichever is less.
+            if 2 * indices.numel() < len(codes): z_q = full(self.lookup(indices))  # (B, N, e)
+            else: z_q = F.embedding(indices, codes)
             loss = F.mse_loss(z_q, z_c.detach()) + self.beta * F.mse_loss(z_c, z_q.detach())  # eq. 3: codes to z, z to codes
         z_q = z_q.detach() + (z_c - z_c.detach())  # straight through; the usual z_c + (z_q - z_c).detach() would round
         return z_q.to(z.dtype), indices, loss
@@ -373,8 +373,7 @@ def weights_file(encoder, source):  # the path: `source`, or for "hub" that of t
     if path.is_dir(): path /= "model.safetensors"  # transformers' save_pretrained
     if path.is_file(): return path
     raise UserError(f"no file {path} of encoder weights: give --encoder_weights FILE, random or hub (if timm has them)")
-def load_encoder_weights(encoder, source):
-    """Fill `encoder` from "hub" or a file. Every weight must be there: a partial load would go unnoticed."""
+def load_encoder_weights(encoder, source):  # "hub" or a file. Every weight must be there: a partial load would go unnoticed
     path, vit = weights_file(encoder, source), encoder.vit
     with explained(f"{path} cannot be read, or does not fit the encoder {vit.pretrained_cfg['architecture']}"):
         state = load_file(path) if path.suffix == ".safetensors" else load_checkpoint(path)
