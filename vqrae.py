@@ -559,7 +559,7 @@ def bench(config, ranks, parts={}, steps=1, unit="images"):
         yield from [False] * config.bench
         if cuda: torch.cuda.synchronize()
         seconds = (time.time() - start) / config.bench / steps
-    if profiler: ranks.say(profiler.key_averages().table(sort_by="cuda_time_total" if cuda else "cpu_time_total", row_limit=40))
+    if profiler: ranks.say(profiler.key_averages().table(sort_by="cuda_time_total" if cuda else "cpu_time_total", row_limit=80))
     flops, chip = counter.get_total_flops() / steps, torch.cuda.get_device_name() if cuda else ranks.device.type
     peaks = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12}  # dense FLOP/s, by NVIDIA
     shares = [f" ({flops / seconds / peak:.1%} of its bf16 peak)" for name, peak in peaks.items() if name in chip]
