@@ -1795,7 +1795,8 @@ def test_a_bug_ends_the_run_though_workers_live(trained, folder, tmp_path):
 def test_scores_are_kept_though_nobody_reads_the_output(trained, tmp_path):
     process = subprocess.Popen([sys.executable, "eval.py", str(trained[0] / "tokenizer"), "--num_images", "8", "--out_dir", str(tmp_path), "--device", "cpu"],
                                cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1"))
-    process.stdout.readline()                                                 # as `| head -1`
+    for line in process.stdout:                                               # as `| head`, gone once the settings are told
+        if b"top_p" in line: break
     process.stdout.close()
     process.wait(100)
     assert json.loads((tmp_path / "eval.json").read_text())["num_images"] == 8
