@@ -128,14 +128,14 @@ def knn(train, train_labels, test, test_labels, k=20):
     train, right = F.normalize(train, dim=1), 0
     for part, labels in zip(test.split(1024), test_labels.split(1024)):  # never all n x m similarities
         weight, index = (F.normalize(part, dim=1) @ train.T).topk(min(k, len(train)), dim=1)
-        votes = torch.zeros(len(part), int(train_labels.max()) + 1).scatter_add(1, train_labels[index], (weight / 0.07).exp())
+        votes = train.new_zeros(len(part), train_labels.max() + 1).scatter_add(1, train_labels[index], (weight / 0.07).exp())
         right += (votes.argmax(1) == labels).sum().item()
     return right / len(test)
 def probe(train, train_labels, test, test_labels, steps=100, decay=1e-3):
     """Top-1 accuracy of a logistic regression on standardised features, by L-BFGS."""
     mean, std = train.mean(0), train.std(0) + 1e-6
     train, test = ((x - mean) / std for x in (train, test))
-    weight = torch.zeros(train.shape[1] + 1, int(train_labels.max()) + 1, requires_grad=True)
+    weight = train.new_zeros(train.shape[1] + 1, int(train_labels.max()) + 1).requires_grad_()
     score = lambda x: x @ weight[:-1] + weight[-1]
     optimizer = torch.optim.LBFGS([weight], max_iter=steps, line_search_fn="strong_wolfe")
     def closure():
@@ -157,16 +157,16 @@ def semantics(model, teacher, dataset, total, config, device):
         found = dict(features=model.encode(images))  # (B, N, d)
         if teacher: found["teacher"] = teacher(images)
         if model.quantizer: found["tokens"] = model.quantizer(model.to_code(found["features"]))[0]
-        for name, z in found.items(): rows[name].append(z.mean(1).float().cpu())  # (B, N, d) -> (B, d)
+        for name, z in found.items(): rows[name].append(z.mean(1).float())  # (B, N, d) -> (B, d)
         if len(labels) <= 4096: small.append((resize(images, 64) * 255).round().byte().cpu())
         labels += batch["label"]
     rows = {name: torch.cat(z) if z else None for name, z in rows.items()}  # (total, d)
     if model.quantizer and len(labels) >= 8:  # one image a cluster at least
-        draw_clusters((rows["features"], rows["tokens"]), torch.cat(small), Path(config.out_dir) / "clusters.png")
+        draw_clusters((rows["features"].cpu(), rows["tokens"].cpu()), torch.cat(small), Path(config.out_dir) / "clusters.png")
     classes = {label: i for i, label in enumerate(sorted(set(labels)))}
     missing = f"{config.data}: needs 2 classes (folders, or label in metadata.jsonl), 4 images"
     if len(classes) < 2 or len(labels) < 4: return dict(knn_top1=None, probe_top1=None), dict(semantics=missing)
-    y = torch.tensor([classes[label] for label in labels])
+    y = torch.tensor([classes[label] for label in labels], device=device)
     def accuracy(score): return {name: z if z is None else score(z[::2], y[::2], z[1::2], y[1::2]) for name, z in rows.items()}
     return dict(knn_top1=accuracy(knn), probe_top1=accuracy(probe)), {}
 def draw_clusters(rows, images, path, k=8, across=8):

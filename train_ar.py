@@ -223,14 +223,15 @@ def open_codes(source, part, config, tokenizer, which, ranks):
         save_array(partial, empty)  # in full: a disk that fills later is a bus error
     ranks.wait()
     rows = np.load(partial, mmap_mode="r+")
-    first, end = len(rows) * ranks.rank // ranks.size, len(rows) * (ranks.rank + 1) // ranks.size  # this rank's share
-    todo = (first + np.flatnonzero(~rows["done"][first:end])).tolist()
+    todo = np.array_split(np.flatnonzero(~rows["done"]), ranks.size)[ranks.rank].tolist()  # this rank's share
+    ranks.wait()  # until all have read what is done
     bar = tqdm(todo, f"codes-{part}", unit="image", disable=not ranks.first)
     for i, batch in enumerate(batches(dataset, tokenizer.config.image_size, bar, 64, config.num_workers, ranks.device)):
         here = todo[64 * i:64 * (i + 1)]
         texts = [(text or label).encode(errors="replace") for text, label in zip(batch["text"], batch["label"])]
         if max(map(len, texts)) > 1024: note("note: captions are cut after 1,024 bytes")
-        rows["codes"][here], rows["text"][here] = tokenizer.tokenize(batch["image"]).cpu(), texts
+        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.precision == "bf16"):  # as it was trained
+            rows["codes"][here], rows["text"][here] = tokenizer.tokenize(batch["image"]).cpu(), texts
         rows["done"][here] = True
     rows.flush()
     skipped = int(ranks.sum(torch.tensor(len(dataset.skipped))))  # waits for all ranks
@@ -444,6 +445,7 @@ class Understand:  # questions -> answers, from the teacher's Z_I. The connector
             texts = [text.replace("<image>", "") for record in records for turn in record["turns"] for text in turn]
         self.lm, self.text_tokenizer = build_lm(config, texts + ["USER: ASSISTANT:"])
         self.lm.config.understand = understand | dict(max_length=config.max_length)
+        self.lm.generation_config.do_sample = True  # Vicuna's own has a temperature without, which transformers may not save
         self.encode = functools.partial(chat, self.text_tokenizer, self.tokens, config.max_length, config.phase == "pretrain")
         for data in filter(None, (self.data, self.val)):
             data.encode = self.encode  # what it refuses is skipped, as unreadable images are
@@ -554,7 +556,7 @@ def train(config, ranks):
         means = ranks.sum(torch.stack([mean_loss, grad_norm, mean_loss.new_full((), ranks.stop_asked)])) / ranks.size
         optimizer.step()
         optimizer.zero_grad(set_to_none=ranks.size == 1)  # DDP keeps them in buckets: None would allocate them twice
-        loss, grad_norm, stop = means.tolist()  # the only wait for the GPU; one rank asked to stop stops all
+        loss, grad_norm, stop = means.tolist()  # waits for the GPU, all work queued; one rank asked to stop stops all
         check_finite({"cross-entropy": loss, "gradient norm": grad_norm}, f"{step} (images from {step * config.batch_size} on)")
         # -------------------------------------------------------------------------------------------------------------
         if (step + 1) % config.log_every == 0:

@@ -159,8 +159,9 @@ def nearest(z, codes, max_elements=1 << 23, candidates=24):
     def scored(rows): return torch.addmm(half_norms, rows - mean, codes.T, alpha=-1)  # (r, e) -> (r, k)
     if z.dtype != torch.float32 or codes.numel() < 1 << 22 or not has_bf16(z.device):
         return torch.cat([scored(rows).argmin(1) for rows in z_slices])
-    # A result in bfloat16 has 8 bits, and may be a hundred times the differences to be told apart. So the product, summed in
-    # float32, also adds half a code's norm and takes away a row's best score among every 256th code: the least end near 0.
+    # So much for the method; from here on the same, faster. A result in bfloat16 has 8 bits, and may be a hundred times the
+    # differences to be told apart. So the product, summed in float32, also adds half a code's norm and takes away a row's best
+    # score among every 256th code: the least end near 0.
     def two(x): return torch.stack([x.bfloat16(), (x - x.bfloat16()).bfloat16()], 1)  # (n,) -> (n, 2), whose sum is x
     def low(x, a, b): return F.pad(torch.cat([x.bfloat16(), a, b], 1), (0, 4))  # -> (n, e + 8), a width GPUs like
     low_codes = torch.cat([low(mean - c, h, torch.ones_like(h)) for c, h in zip(slices, two(half_norms).split(len(slices[0])))])
@@ -494,7 +495,8 @@ class Ranks:
         if device == "cuda": device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         with explained(f"--device {device} cannot be used here"): self.device = torch.empty(1, device=device).device
         if self.device.type == "cuda": torch.cuda.set_device(self.device)
-        torch.backends.cudnn.allow_tf32 = False  # by default convolutions would use it, and choose other codes
+        # GPUs' defaults would choose other codes: convolutions in TensorFloat-32, and sums of bfloat16 products not in float32.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         if launched and not dist.is_initialized():  # hours: rank 0 validates and saves alone
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))
     def begin(self, old):
