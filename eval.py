@@ -174,9 +174,9 @@ def draw_clusters(rows, images, path, k=8, across=8):
     sides = []
     torch.manual_seed(0)
     for z in rows:
-        z, means, shown = F.normalize(z[:len(images)], dim=1), SimVQ(k, z.shape[1]), []
-        means.init_codebook(z, iterations=30)
-        own, far = nearest(z, means.codebook), torch.cdist(z, means.codebook)
+        z, clusters, shown = F.normalize(z[:len(images)], dim=1), SimVQ(k, z.shape[1]), []
+        clusters.init_codebook(z, iterations=30)  # SimVQ starts on k means; no more of it is used here
+        own, far = nearest(z, clusters.codebook), torch.cdist(z, clusters.codebook)
         for c in own.bincount(minlength=k).argsort(descending=True):
             distance, i = far[:, c].masked_fill(own != c, math.inf).topk(across, largest=False)
             shown.append(torch.where(distance.isinf()[:, None, None, None], 1, images[i] / 255))  # (across, 3, 64, 64)

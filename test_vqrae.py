@@ -1829,9 +1829,11 @@ def test_stage_2_wants_the_stage_1_that_it_began_from_with_its_encoder_frozen(tr
     assert "does not fit these flags" in run_inside("train_tokenizer.py", *stage2, "--resume", "--total_steps", "9", "--disc_width", "8")
     assert run_inside("train_tokenizer.py", *new, "--overwrite", "--encoder_lr", "0.01") == "no error"
     assert "moved its encoder" in run_inside("train_tokenizer.py", *stage2, "--overwrite")
+    shutil.copytree(tmp_path / "tokenizer-stage2", tmp_path / "tokenizer-stage2-8")
     for argv in (["--stage", "0", "--seed", "9"], ["--overwrite"]):           # another VFM, and a stage 1 of it
         assert run_inside("train_tokenizer.py", *WEE, "--out_dir", str(tmp_path), *argv) == "no error"
-    assert "began from another VFM" in run_inside("train_tokenizer.py", *stage2, "--resume", "--total_steps", "9")
+    assert run_inside("train_tokenizer.py", *stage2, "--resume", "--total_steps", "9") == "no error"            # its own is in stage2.pt
+    assert states_equal(*(vqrae.load_file(tmp_path / f"tokenizer-stage2{old}" / "teacher.safetensors") for old in ("", "-8")))
 
 
 def test_a_collapsed_codebook_is_called_out(trained, tmp_path, monkeypatch, capsys):

@@ -301,19 +301,19 @@ def parameter_groups(model, discriminator, config):
                                   start=config.disc_start if part == "discriminator" else 0)
 
 def encoder_source(config, model_config, resumed):
-    """Where the VFM's weights are: a file, "stage0" or "random". None: in stage 1's checkpoint, or the resumed one if frozen."""
-    if config.bench: return "random"  # speed does not depend on them
-    if config.from_stage1 or resumed and resumed["config"]["encoder_lr"] == 0: return None
+    """Where the VFM's weights are: a file, "stage0" or "random". None: in stage 1's checkpoint."""
+    if config.bench or resumed: return "random"  # speed does not depend on them; a resumed run's are in its own checkpoint
+    if config.from_stage1: return None
     if model_config.encoder_weights in ("stage0", "random"): return model_config.encoder_weights
     with torch.device("meta"): return weights_file(Encoder(model_config), model_config.encoder_weights)
 
-def starting_point(config, model_config, ranks, resumed, source):
+def starting_point(config, model_config, ranks, source):
     """The model as its stage begins, from encoder_source's source; and the frozen teacher T."""
     run = Path(config.out_dir if config.init_from in ("", "none") else config.init_from)
     with ranks.device: model = VQRAE(model_config)  # there: a CPU needs half a minute for random weights
     if source == "stage0":
         source = run / "stage0.pt"
-        if not source.exists() and (resumed or run != Path(config.out_dir)):
+        if not source.exists() and run != Path(config.out_dir):
             raise UserError(f"no {source}: --init_from names a run that has one")
         with ranks.first_alone():
             if source.exists(): ranks.say(f"encoder from {source}; --stage 0 --overwrite makes another in {config.out_dir}")
@@ -321,7 +321,7 @@ def starting_point(config, model_config, ranks, resumed, source):
         there = load_checkpoint(source, "encoder", "model_config")["model_config"]
         here = {name: getattr(model_config, name) for name in ("encoder", "encoder_kwargs", "patch_size", "dim")}
         check_same(there, here, f"{source} is of another encoder, choose another --out_dir")
-    if source is None and config.from_stage1:
+    if source is None:
         path = run / "stage1.pt"
         if not path.exists():
             command = next_command("train_tokenizer.py", config, CARRIED, out_dir=config.init_from or False)
@@ -331,7 +331,6 @@ def starting_point(config, model_config, ranks, resumed, source):
         if stage1["config"]["encoder_lr"]: raise UserError(f"{path} moved its encoder, the teacher: train it with --encoder_lr 0")
         ranks.say(f"from step {stage1['step']} of {stage1['config']['total_steps']} in {path}")
         model.load_state_dict(stage1["ema"])
-    elif source is None: model.load_state_dict(resumed["model"])
     elif source != "random": load_encoder_weights(model.encoder, source)
     return model, copy.deepcopy(model.encoder).requires_grad_(False).eval()  # before anything moves
 
@@ -386,9 +385,7 @@ def train(config, model_config, ranks):
         kind = config.perceptual
         perceptual = None if kind == "none" else PerceptualLoss(kind, config.lpips_weights, config.convnext_weights)
     torch.manual_seed(config.seed)
-    model, teacher = starting_point(config, model_config, ranks, resumed, source)
-    vfm = zlib.crc32(teacher.vit.patch_embed.proj.weight.cpu().numpy())  # a checksum, to tell the VFM from others
-    if resumed and resumed.get("VFM", vfm) != vfm: raise UserError(f"{path} began from another VFM: name its run by --init_from")
+    model, teacher = starting_point(config, model_config, ranks, source)
     if perceptual: perceptual.vfm = teacher
     torch.manual_seed(config.seed)  # again: the same whether stage 0 ran just now or not
     discriminator = Discriminator(config.disc_width) if config.disc_start >= 0 else None
@@ -407,7 +404,7 @@ def train(config, model_config, ranks):
     if config.compile: compile_parts(model, teacher, perceptual, discriminator)
     groups = [*parameter_groups(model, discriminator, config)]
     optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=device.type != "mps")
-    parts = dict(model=model, ema=ema, optimizer=optimizer, discriminator=discriminator)
+    parts = dict(model=model, ema=ema, teacher=teacher, optimizer=optimizer, discriminator=discriminator)
     first_step = 0
     if resumed:
         first_step, old_lr = resumed["step"], resumed["config"]["encoder_lr"]
@@ -440,14 +437,14 @@ def train(config, model_config, ranks):
         last = step == config.total_steps
         if ranks.first and step > first_step and (stop or due(step, config.save_every, config)):
             state = {name: part and part.state_dict() for name, part in parts.items()}
-            state |= dict(step=step, rng=torch.get_rng_state(), VFM=vfm, config=asdict(config), model_config=asdict(model_config))
+            state |= dict(step=step, rng=torch.get_rng_state(), config=asdict(config), model_config=asdict(model_config))
             save_checkpoint(path, state)
         if ranks.first and due(step, config.eval_every, config):
             val_psnr, val_usage = validate(ema, val_data, config, device, pictures)
             log(step=step, val_psnr=val_psnr, **(dict(val_codebook_usage=val_usage) if model.quantizer else {}))
         if last or stop: break
         # ---- One training step --------------------------------------------------------------------------------------
-        factor = lambda start: lr_factor(max(0, step - start), config.warmup_steps, config.total_steps - start, floor)
+        factor = lambda since: lr_factor(max(0, step - since), config.warmup_steps, config.total_steps - since, floor)
         for group in optimizer.param_groups: group["lr"] = group["base_lr"] * factor(group["start"])  # D's warmup: at disc_start
         adversarial = 0 <= config.disc_start <= step
         logged = {}

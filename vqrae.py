@@ -165,12 +165,6 @@ def nearest(z, codes, max_elements=1 << 23, candidates=24):
     def two(x): return torch.stack([x.bfloat16(), (x - x.bfloat16()).bfloat16()], 1)  # (n,) -> (n, 2), whose sum is x
     def low(x, a, b): return F.pad(torch.cat([x.bfloat16(), a, b], 1), (0, 4))  # -> (n, e + 8), a width GPUs like
     low_codes = torch.cat([low(mean - c, h, torch.ones_like(h)) for c, h in zip(slices, two(half_norms).split(len(slices[0])))])
-    def search(rows):  # (r, e) -> indices (r,); and where they are unsure (r,): the candidates are all alike to bfloat16
-        x = rows - mean
-        near = two(-torch.addmm(half_norms[::256], x, (codes[::256] - mean).T, alpha=-1).amin(1))  # (r, 2)
-        index, scores = decide(rows, low(x, torch.ones_like(near), near) @ low_codes.T)
-        error = ((x * (codes[index] - mean)).norm(dim=1) + scores.abs().amax(1)) / 128  # about five deviations of bfloat16's
-        return index, scores[:, -1] - scores[:, 0] < error
     def decide(rows, scores):  # (r, e), (r, k) -> indices (r,), the candidates' scores
         scores, best = scores.topk(min(candidates, len(codes)), largest=False)  # (r, candidates) each
         index, n = [], max(1, len(slices[0]) // candidates)
@@ -179,6 +173,12 @@ def nearest(z, codes, max_elements=1 << 23, candidates=24):
             more = (c - first).mul_(c.add_(first - 2 * z[:, None])).sum(2)  # |z - c|^2 - |z - first|^2, hardly rounded
             index.append(best.gather(1, more.argmin(1, keepdim=True))[:, 0])
         return torch.cat(index), scores
+    def search(rows):  # (r, e) -> indices (r,); and where they are unsure (r,): the candidates are all alike to bfloat16
+        x = rows - mean
+        near = two(-torch.addmm(half_norms[::256], x, (codes[::256] - mean).T, alpha=-1).amin(1))  # (r, 2)
+        index, scores = decide(rows, low(x, torch.ones_like(near), near) @ low_codes.T)
+        error = ((x * (codes[index] - mean)).norm(dim=1) + scores.abs().amax(1)) / 128  # about five deviations of bfloat16's
+        return index, scores[:, -1] - scores[:, 0] < error
     index, unsure = map(torch.cat, zip(*map(search, z_slices)))
     for part in unsure.nonzero()[:, 0].split(len(z_slices[0])): index[part] = decide(z[part], scored(z[part]))[0]  # GPUs wait
     return index
@@ -381,10 +381,7 @@ def load_encoder_weights(encoder, source):  # "hub" or a file. Every weight must
         state = to_timm_keys(state.get("encoder", state))
         after_Z_I = ("attn_pool.", "head.", "norm.", "fc_norm.")  # pooling head and final norm, not used here
         state = {key: value for key, value in state.items() if not key.startswith(after_Z_I)}
-        old = state.get("pos_embed")                              # (1, patches, d), or with the class token's
-        if old is not None and old.shape != vit.pos_embed.shape:  # another image size
-            prefix = 0 if math.isqrt(old.shape[1]) ** 2 == old.shape[1] else vit.num_prefix_tokens  # a square has no class token
-            state["pos_embed"] = timm.layers.resample_abs_pos_embed(old, vit.patch_embed.grid_size, num_prefix_tokens=prefix)
+        state = timm.models.vision_transformer.checkpoint_filter_fn(state, vit)  # position embeddings for this image size
         vit.load_state_dict(state, strict=True)
 def save_tokenizer(model, folder, teacher=None):
     """`folder`/config.json and model.safetensors, and teacher.safetensors of a `teacher` that no hub has; all or nothing."""
@@ -610,17 +607,15 @@ def split_batch(config, ranks):  # the batch as (images a rank a step, images a 
 def next_command(script, config, keep=None, **more):
     """The command to type next: `script`, started like this run if it trains, with its flags in `keep` (None: all) and `more`."""
     script = Path(sys.argv[0]).with_name(Path(script).name)
-    words = ["python", shlex.quote(str(script))]
-    ranks = os.environ.get("LOCAL_WORLD_SIZE")  # torchrun's
-    if ranks and "train" in script.name: words[0] = f"torchrun --nproc_per_node={ranks}"
+    words, ranks = ["python", str(script)], os.environ.get("LOCAL_WORLD_SIZE")  # torchrun's
+    if ranks and "train" in script.name: words[:1] = ["torchrun", f"--nproc_per_node={ranks}"]
     if keep is None: keep = config.given.keys() - {"overwrite"}
     flags = {name: value for name, value in config.given.items() if name in keep}
     flags |= {name: value for name, value in more.items() if value is not False}
     for name, value in flags.items():
-        if value is True: words.append(f"--{name}")
-        elif value is False: words.append(f"--no-{name}")
-        else: words.append(f"--{name} {shlex.quote(json.dumps(value) if isinstance(value, dict) else str(value))}")
-    return " ".join(words)
+        if isinstance(value, bool): words.append(f"--{name}" if value else f"--no-{name}")
+        else: words += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return shlex.join(words)
 def check_finite(losses, step, remedy="try a lower --lr, more --warmup_steps or --precision float32; what was saved is whole"):
     for name, value in losses.items():  # the first NaN or infinite one is named
         if not math.isfinite(value): raise UserError(f"{name} is {value} at step {step}: stopped; {remedy}")
