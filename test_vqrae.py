@@ -1057,6 +1057,18 @@ def test_detokenizing_hardly_waits_for_the_codebook():
 
 
 @slow
+def test_codes_in_bf16_rebuild_as_well():
+    """VQRAE_SLOW=1 pytest -s -k codes_in_bf16, after the quick start: train_ar.py tokenizes in its --precision; 512 validation pictures."""
+    model = vqrae.load_tokenizer(HERE / "out/tiny/tokenizer")
+    X = tt.render(tt.plan(torch.arange(512) + tt.VALIDATION))
+    codes = model.tokenize(X)
+    with torch.autocast("cpu", torch.bfloat16): low = model.tokenize(X)
+    full, lower = (tt.psnr(model.detokenize(which), X).mean() for which in (codes, low))
+    print(f"\nin bf16 {(codes != low).float().mean():.1%} of the codes are others; {full:.3f} dB, in bf16 {lower:.3f} dB")
+    assert full - lower < 0.05
+
+
+@slow
 def test_a_folder_is_read_as_fast_as_pil_reads_it(tmp_path):
     """VQRAE_SLOW=1 pytest -s -k pil_reads: 1,000 JPEGs of 400 x 300 to 256 px by two workers, against two processes of PIL's decode and resize alone."""
     for i in range(1000):

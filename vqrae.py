@@ -460,17 +460,15 @@ def parse_config(cls, presets={}, model_class=None, argv=None, **implied):
         if f.name == "bench": how |= dict(nargs="?", const=5)  # --bench alone
         parser.add_argument(f.name if f.type is tuple else f"--{f.name}", help=comments[f.name].replace("%", "%%"), **how)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value != []}
-    values, origin = {}, {}
-    def layer(source, chosen):  # later ones win
-        values.update(chosen)
-        origin.update(dict.fromkeys(chosen, source))
-    layer("default", {f.name: f.default for f in fields(cls)} | implied)
-    facts = {f"{name} {value}" for name, value in (values | given).items()}
-    if model_class: layer("model", asdict(MODELS[given.get("config", values["config"])]))
-    for key, preset in presets.items():
-        if facts.issuperset(key.split(", ")): layer(key, preset)
-    if given.get("encoder") not in (None, values.get("encoder")): layer("flag", dict(encoder_kwargs={}))  # not the old one's
-    layer("flag", given)
+    layers = dict(default={f.name: f.default for f in fields(cls)} | implied)  # {source: {field: value}}; later ones win
+    known = layers["default"] | given
+    facts = {f"{name} {value}" for name, value in known.items()}
+    if model_class: layers["model"] = asdict(MODELS[known["config"]])
+    layers |= {key: preset for key, preset in presets.items() if facts.issuperset(key.split(", "))}
+    other = model_class and given.get("encoder", layers["model"]["encoder"]) != layers["model"]["encoder"]
+    layers["flag"] = (dict(encoder_kwargs={}) if other else {}) | given  # another encoder does not take the old one's arguments
+    values = {name: value for layer in layers.values() for name, value in layer.items()}
+    origin = {name: source for source, layer in layers.items() for name in layer}
     configs = [c(**{f.name: values[f.name] for f in fields(c)}) for c in classes]
     configs[0].given = given  # for next_command
     return configs[0], configs[1] if model_class else None, origin
