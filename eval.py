@@ -19,10 +19,10 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from sample import PRESETS, SampleConfig, answer, generate
-from train_ar import identity, load_generator, load_mllm, load_teacher, questions
+from train_ar import load_generator, load_mllm, load_teacher, questions, weights_hash
 from train_tokenizer import (ATLAS, EXTENT, HELD_OUT, PALETTE, SHAPES, SIDE, TASKS, VALIDATION, WINDOW, Images, as_file, batches,
                              captions, code_usage, masks, plan, psnr, render)
-from vqrae import (Ranks, SimVQ, UserError, build_lpips, check_least, command_line, explained, load_checkpoint, load_tokenizer,
+from vqrae import (Ranks, SimVQ, UserError, build_lpips, check_range, command_line, explained, load_checkpoint, load_tokenizer,
                    nearest, parse_config, print_config, read_log, resize)
 
 @dataclass
@@ -48,7 +48,7 @@ class EvalConfig:
     def __post_init__(self):
         self.out_dir = self.out_dir or f"out/{self.config}"
         self.num_images = self.num_images or (512 if self.generation or self.vqa else 2048)
-        check_least(self, num_images=24 if self.generation else 2, batch_size=1, size=7 if self.size else 0, num_workers=0)
+        check_range(vars(self), num_images=24 if self.generation else 2, batch_size=1, size=7 if self.size else 0, num_workers=0)
         if self.vqa + self.generation + self.curves + (self.data != "shapes") > 1:
             raise UserError("--vqa, --generation, --curves, --data: only one")
 
@@ -371,7 +371,7 @@ def main():
     for folder, scores in results.items():
         protocol, reasons = scores.get("protocol") or scores["geneval_protocol"], scores.get("reasons", {})
         text.append("\n  ".join([f"{folder}: {protocol}", *map(": ".join, reasons.items())]))
-        scores["tokenizer"] = which = identity(folder)  # its own scores and its generator's stay side by side
+        scores["tokenizer"] = which = weights_hash(folder)  # its own scores and its generator's stay side by side
         results[folder] = {k: v for k, v in old.get(which, {}).items() if config.generation or "geneval" in k} | scores
     with contextlib.suppress(OSError): print(*text, sep="\n", flush=True)  # no reader of the pipe is left, say
     if path.exists(): path.replace(path.with_suffix(".old.json"))  # it may hold scores of other tokenizers or data

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import AttentionInterface, StaticCache, TopKLogitsWarper
 
 from train_ar import chat, layout, load_generator, load_mllm, pad_ids, square, valid, visual_logits
-from vqrae import Ranks, UserError, bench, check_least, command_line, explained, full, parse_config, print_config, uniform
+from vqrae import Ranks, UserError, bench, check_range, command_line, explained, full, parse_config, print_config, uniform
 
 @dataclass
 class SampleConfig:
@@ -55,16 +55,12 @@ class SampleConfig:
         given = [source for source in (self.prompt or self.prompts, self.geneval, self.dpg, self.ask) if source]
         if len(given) != 1 or bool(self.ask) != bool(self.image):
             raise UserError("nothing to do, or too much: --prompt or --prompts, or --geneval, or --dpg, or --image with --ask")
-        check_least(self, batch_size=1, num_images=0, bench=0)
+        check_range(vars(self), batch_size=1, num_images=0, bench=0, **OPTIONS)
         if self.dpg and self.num_images not in (0, 4): raise UserError("--dpg makes 4 pictures a prompt: leave --num_images out")
-        check_options(self.guidance, self.temperature, self.top_k, self.top_p)
         self.dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 PRESETS = {"config tiny": dict(precision="float32", guidance=2.0, top_k=0, top_p=0.6)}  # [ours] measured
-def check_options(guidance, temperature, top_k, top_p):
-    limits = dict(guidance=(guidance, 100), temperature=(temperature, 100), top_k=(top_k, 1 << 20), top_p=(top_p, 1))
-    for name, (value, most) in limits.items():
-        if not 0 <= value <= most: raise UserError(f"--{name} {value} is out of range: from 0 to {most} (see --help)")
+OPTIONS = dict(guidance=(0, 100), temperature=(0, 100), top_k=(0, 1 << 20), top_p=(0, 1))  # of generate, and their ranges
 
 # ---- Text -> codes --------------------------------------------------------------------------------------------------
 def choose(logits, u, temperature, top_k, top_p):
@@ -109,7 +105,7 @@ def cache_and_step(lm, length, compiled, *_):  # _: rows, dtype, device; a chang
 def generate(lm, text_tokenizer, prompts, seeds, guidance=1, temperature=1, top_k=0, top_p=1, width=0, compiled=False, bar=None):
     """B captions ("": the unconditional prompt) and B seeds -> codes (B, N) int64; UserError for options or words that cannot be.
     width: least columns for captions: equal shapes spare compilations. compiled: by torch.compile, for GPUs. bar: tqdm."""
-    check_options(guidance, temperature, top_k, top_p)
+    check_range(dict(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p), **OPTIONS)
     visual, device, B, N = lm.config.visual, lm.device, len(prompts), lm.config.visual["tokens"]
     for text in filter(None, prompts): check_text(text, f"prompt {text[:40]!r}", text_tokenizer, visual["max_length"] - N - 2)
     chance = torch.stack([uniform(seed, N) for seed in seeds]).to(device)  # (B, N): the only randomness

@@ -439,6 +439,12 @@ def test_encoder_weights_must_fit(small, tmp_path):
     torch.save(state, tmp_path / "short.pt")
     with pytest.raises(UserError, match="does not fit"):
         vqrae.load_encoder_weights(fresh, str(tmp_path / "short.pt"))
+    larger, finer = (Encoder(replace(SMALL, **sizes)) for sizes in (dict(image_size=64), dict(patch_size=4)))
+    vqrae.load_encoder_weights(larger, str(tmp_path / "timm.pt"))             # position embeddings are resampled, patches never
+    assert larger.vit.pos_embed.shape[1] == 64 and torch.equal(larger.vit.blocks[0].mlp.fc1.weight, small.encoder.vit.blocks[0].mlp.fc1.weight)
+    assert (larger.vit.pos_embed.mean() - small.encoder.vit.pos_embed.mean()).abs() < 1e-3
+    with pytest.raises(UserError, match="patch_size is 8 there, 4 here"):
+        vqrae.load_encoder_weights(finer, str(tmp_path / "timm.pt"))
     with pytest.raises(UserError, match="no file"):
         vqrae.load_encoder_weights(fresh, "nowhere.safetensors")
     (tmp_path / "saved").mkdir()
@@ -535,7 +541,7 @@ def test_every_field_is_read_somewhere():
     (["--colour", "red"], "unrecognized arguments: --colour"), (["--stage", "7"], "invalid choice"), (["--lr", "fast"], "invalid float"),
     (["--image_size", "60"], "--image_size 64"), (["--batch_size", "0"], "at least 1"), (["--encoder_kwargs", "{depth"], "encoder_kwargs"),
     (["--resume", "--overwrite"], "choose one"), (["--quantizer", "fsq"], "simvq or none"), (["--lr", "nan"], "at least 1e-12"),
-    (["--beta2", "1"], "below 1"), (["--profile"], "goes with --bench"), (["--seed", "9" * 23], "too large")])
+    (["--beta2", "1"], "at most 0.999999, not 1.0"), (["--profile"], "goes with --bench"), (["--seed", "9" * 23], "at most 1099511627776")])
 def test_bad_flags_get_one_line(argv, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:
         resolved(*argv)
@@ -1502,7 +1508,7 @@ def test_generated_pictures_are_scored(generator, tmp_path):
     said = run("train_tokenizer.py", *WEE[4:], "--dim", 32, "--encoder_kwargs", WEE[5], "--stage0_steps", 2, "--out_dir", out, "--total_steps", 2)
     assert "tokenizer" in said
     run("train_ar.py", "--out_dir", out, "--batch_size", 4, "--total_steps", 2, "--val_images", 8, "--device", "cpu")
-    for which, kept in (("another", False), (train_ar.identity(out / "tokenizer"), True)):       # of the same tokenizer side by side, of others never
+    for which, kept in (("another", False), (train_ar.weights_hash(out / "tokenizer"), True)):       # of the same tokenizer side by side, of others never
         (out / "eval.json").write_text(json.dumps(dict(psnr=1.0, tokenizer=which)))
         said = run("eval.py", "--generation", "--num_images", 24, "--out_dir", out) if kept else run_inside(
             "eval.py", "--generation", "--num_images", "24", "--out_dir", str(out), "--device", "cpu")

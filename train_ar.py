@@ -85,9 +85,8 @@ class ARConfig:
     weight_decay: float = 0.0             # [T9]
     clip: float = 1.0                     # [T9] gradient norm
     def __post_init__(self):
-        check_run(self, eps=0, caption_drop=0)
+        check_run(self, eps=0, caption_drop=(0, 1))
         self.tokenizer = self.tokenizer or f"{self.out_dir}/tokenizer"
-        if self.caption_drop > 1: raise UserError(f"--caption_drop is at most 1, not {self.caption_drop}")
         if self.task == "generate":
             if self.phase or self.images: raise UserError("--phase and --images are of --task understand")
         elif self.data == "shapes" and (self.val_data or self.images): raise UserError("--val_data, --images want --data")
@@ -146,7 +145,7 @@ def read_lm(name, dtype=torch.float32):  # by itself transformers would keep the
 @torch.no_grad()
 def grow_vocabulary(lm, text_tokenizer, tokenizer, which, max_length):
     """Append rows to the embedding table of `lm`: BOI and EOI if it lacks them, then the k codes, random projections of C W, so
-    that codes alike begin alike (README). Its own rows are more (Qwen3: 151936) than its tokens (151669). which: identity()."""
+    that codes alike begin alike (README). Its own rows are more (Qwen3: 151936) than its tokens (151669). which: its hash."""
     text_tokenizer.add_tokens([BOI, EOI], special_tokens=True)
     k, e, N = tokenizer.config.codebook_size, tokenizer.config.codebook_dim, tokenizer.config.num_tokens
     old, hidden, offset = lm.config.vocab_size, lm.config.hidden_size, max(lm.config.vocab_size, len(text_tokenizer))
@@ -186,7 +185,7 @@ class PictureLM(nn.Module):  # the language model as it is trained
         at = mask.sum(1, keepdim=True) - 2 + torch.arange(-self.lm.config.visual["tokens"], 0, device=ids.device)  # (B, N)
         return visual_logits(self.lm, x.take_along_dim(at[..., None], 1))
 
-def identity(path):  # a hash of the weights of a tokenizer (folder) or a teacher (file)
+def weights_hash(path):  # of a tokenizer (folder) or a teacher (file)
     if Path(path).is_dir(): path = Path(path, "model.safetensors")
     return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()[:16]
 def load_generator(out_dir, tokenizer_folder, device="cpu", dtype=torch.float32):
@@ -195,7 +194,8 @@ def load_generator(out_dir, tokenizer_folder, device="cpu", dtype=torch.float32)
     with explained(f"no whole generator in {folder}: train_ar.py makes one, --resume finishes one"):
         (folder / "config.json").stat()  # what is not here, transformers would look for on the hub
         lm, text_tokenizer = read_lm(folder, dtype)
-        check_same(lm.config.visual, dict(tokenizer=identity(tokenizer_folder)), f"{folder} is of another tokenizer: pass that")
+        which = dict(tokenizer=weights_hash(tokenizer_folder))
+        check_same(lm.config.visual, which, f"{folder} is of another tokenizer: pass that")
     return lm.to(device).eval(), text_tokenizer, tokenizer
 
 # ---- Codes are computed once and kept: a file's on disk, those of shapes (to draw them costs a fifth of a step) in memory.
@@ -358,7 +358,7 @@ def load_teacher(folder, config):  # the frozen VFM that the tokenizer in `folde
     return Encoder(config, source).requires_grad_(False).eval()
 def reads(folder, config):  # what an MLLM of its teacher reads; VFMs go by name on the hub, else by weights
     file = teacher_file(folder)
-    teacher = identity(file) if file else f"{config.encoder}, {config.encoder_weights}"
+    teacher = weights_hash(file) if file else f"{config.encoder}, {config.encoder_weights}"
     return dict(dim=config.dim, tokens=config.num_tokens, image_size=config.image_size, teacher=teacher)
 def load_mllm(out_dir, tokenizer_folder, device="cpu", dtype=torch.float32):
     """-> MLLM, its text tokenizer, and the VQRAE tokenizer, checked to have begun from the VFM that the MLLM reads."""
@@ -371,11 +371,12 @@ def load_mllm(out_dir, tokenizer_folder, device="cpu", dtype=torch.float32):
     net.connector.load_state_dict(connector)
     return net.to(device, dtype).eval(), text_tokenizer, tokenizer
 
-# ---- Training. Each task has a network, batches by position, a loss, a validation and files; the loop below is the same.
+# ---- Training. Each task has a network, batches by position, a loss, a validation and files; the loop below is the same. It
+# sets val_at, the positions to validate.
 class Generate:  # captions -> codes. The whole language model learns
     def __init__(self, config, ranks, folder, resumed):
         self.config, self.device, self.folder, self.encoder = config, ranks.device, folder, None
-        self.tokenizer, self.which = load_tokenizer(config.tokenizer, ranks.device), identity(config.tokenizer)
+        self.tokenizer, self.which = load_tokenizer(config.tokenizer, ranks.device), weights_hash(config.tokenizer)
         if resumed: check_same(resumed, dict(tokenizer=self.which), f"{folder} is of another tokenizer: pass it, or --overwrite")
         if self.tokenizer.quantizer is None: raise UserError(f"{config.tokenizer} has no codes: it wants --quantizer simvq")
         least = self.tokenizer.config.num_tokens + 18  # two marks and a caption of 16 tokens
@@ -527,9 +528,9 @@ def train(config, ranks):
     else: ranks.begin([path, *later] if config.overwrite else [])
     log, stop = Log(out / f"log_{phase or 'ar'}.jsonl", first_step, config, ranks.first and not config.bench), False
     for step in bar:
-        if config.bench and next(timed): return
+        if config.bench and next(timed): return  # False: one more step
         # Once in a while: save, validate.
-        last = step == total_steps
+        last = step == total_steps  # a round without a step
         if step > first_step and (stop or due(step, config.save_every, config)):
             if ranks.size > 1: optimizer.consolidate_state_dict(to=0)  # all ranks send theirs
             if ranks.first:

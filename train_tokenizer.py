@@ -432,9 +432,9 @@ def train(config, model_config, ranks):
     else: ranks.begin([path] if config.overwrite else [])
     log = Log(out / f"log_stage{config.stage}.jsonl", first_step, config, ranks.first and not config.bench)
     for step in bar:
-        if config.bench and next(timed): return
+        if config.bench and next(timed): return  # False: one more step
         # Once in a while: save, validate, draw.
-        last = step == config.total_steps
+        last = step == config.total_steps  # a round without a step
         if ranks.first and step > first_step and (stop or due(step, config.save_every, config)):
             state = {name: part and part.state_dict() for name, part in parts.items()}
             state |= dict(step=step, rng=torch.get_rng_state(), config=asdict(config), model_config=asdict(model_config))

@@ -43,9 +43,11 @@ def explained(message, *kinds):  # an error of these kinds (none: any) becomes a
         if isinstance(error, UserError): raise
         raise UserError(f"{message} ({' '.join(str(error).split())[:200]})") from error
 
-def check_least(config, **least):  # {name of a field: the least value it may have}
-    for name, low in least.items():
-        if not getattr(config, name) >= low: raise UserError(f"--{name} is at least {low}, not {getattr(config, name)}")
+def check_range(values, **ranges):  # {name: value} of flags, {name: its least value, or the least and the most}
+    for name, limits in ranges.items():
+        least, most = limits if isinstance(limits, tuple) else (limits, math.inf)
+        also = f" and at most {most}" if most < math.inf else ""
+        if not least <= values[name] <= most: raise UserError(f"--{name} is at least {least}{also}, not {values[name]}")
 
 # ---- Configuration --------------------------------------------------------------------------------------------------
 @dataclass
@@ -62,7 +64,7 @@ class VQRAEConfig:
     codebook_dim: int = 1536          # e; the paper's finding: at least d
     beta: float = 0.25                # weight of the commitment term in eq. 3
     def __post_init__(self):
-        check_least(self, image_size=1, patch_size=1, dim=1, q=0, codebook_size=1, codebook_dim=1, beta=0)
+        check_range(vars(self), image_size=1, patch_size=1, dim=1, q=0, codebook_size=1, codebook_dim=1, beta=0)
         h, p, out = self.image_size, self.patch_size, self.output_size
         if h % p: raise UserError(f"image_size {h} is no multiple of patch_size {p}: try --image_size {max(1, round(h / p)) * p}")
         if out < 8: raise UserError(f"pictures of {out} pixels are too small: raise --q or --image_size")
@@ -381,6 +383,8 @@ def load_encoder_weights(encoder, source):  # "hub" or a file. Every weight must
         state = to_timm_keys(state.get("encoder", state))
         after_Z_I = ("attn_pool.", "head.", "norm.", "fc_norm.")  # pooling head and final norm, not used here
         state = {key: value for key, value in state.items() if not key.startswith(after_Z_I)}
+        ours, theirs = vit.patch_embed.proj.weight.shape[-1], state["patch_embed.proj.weight"].shape[-1]
+        if ours != theirs: raise ValueError(f"patch_size is {theirs} there, {ours} here")  # timm would resample those too
         state = timm.models.vision_transformer.checkpoint_filter_fn(state, vit)  # position embeddings for this image size
         vit.load_state_dict(state, strict=True)
 def save_tokenizer(model, folder, teacher=None):
@@ -566,12 +570,11 @@ def bench(config, ranks, parts={}, steps=1, unit="images"):
               f"at most {memory / 1e9:.1f} GB")
     yield True
 
-def check_run(config, **least):  # fills in out_dir, checks flags, shortens a --bench
+def check_run(config, **ranges):  # fills in out_dir, checks flags, shortens a --bench
     config.out_dir = config.out_dir or f"out/{config.config}"
-    check_least(config, batch_size=1, total_steps=1, log_every=1, eval_every=1, save_every=1, val_images=1, lr=1e-12, end_lr=0,
-                micro_batch=0, num_workers=0, warmup_steps=0, bench=0, weight_decay=0, clip=1e-12, beta1=0, beta2=0, **least)
-    if max(config.beta1, config.beta2) >= 1: raise UserError(f"--beta1 {config.beta1}, --beta2 {config.beta2}: below 1")
-    if abs(config.seed) >= 1 << 40: raise UserError(f"--seed {config.seed} is too large: below {1 << 40}")
+    check_range(vars(config), batch_size=1, total_steps=1, log_every=1, eval_every=1, save_every=1, val_images=1, num_workers=0,
+                micro_batch=0, bench=0, lr=1e-12, end_lr=0, warmup_steps=0, beta1=(0, 0.999999), beta2=(0, 0.999999),
+                weight_decay=0, clip=1e-12, seed=(-1 << 40, 1 << 40), **ranges)
     if config.profile and not config.bench: raise UserError("--profile goes with --bench N")
     if config.resume and config.overwrite: raise UserError("--resume goes on and --overwrite starts over: choose one")
     if config.bench: config.total_steps = config.eval_every = config.save_every = config.bench + 4  # no save, no validation
@@ -583,7 +586,7 @@ def open_run(path, config, ranks):
     if ranks.first and not config.bench:
         ranks.lock = open(path.with_suffix(".lock"), "w")  # locked until this process ends, where the file system can
         busy = explained(f"another run is writing {path}: wait for it, or choose another --out_dir", BlockingIOError)
-        with contextlib.suppress(OSError), busy: fcntl.lockf(ranks.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(OSError), busy: fcntl.lockf(ranks.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # busy's is no OSError
     if config.resume and not config.bench:
         if not path.exists(): raise UserError(f"nothing to resume: {path} is not there; leave --resume out to start")
         saved, total = load_checkpoint(path, "step", "optimizer"), config.total_steps
