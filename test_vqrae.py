@@ -1854,6 +1854,29 @@ def test_stage_2_wants_the_stage_1_that_it_began_from_with_its_encoder_frozen(tr
     assert states_equal(*(vqrae.load_file(tmp_path / f"tokenizer-stage2{old}" / "teacher.safetensors") for old in ("", "-8")))
 
 
+def test_larger_output_learns_from_larger_pictures(trained, tmp_path):
+    """q > patch_size: files are read at the output's size, so training's validation scores what eval.py does; the encoder sees them small."""
+    (tmp_path / "fine").mkdir()
+    for i in range(40):                                                       # stripes that 32 px cannot hold
+        stripes = torch.arange(64).add(i % 2).remainder(2).float().expand(3, 64, 64)
+        tt.save_image(0.2 + 0.6 * (stripes if i % 3 else stripes.mT), tmp_path / "fine" / f"{i}.png")
+    argv = ["--q", "16", "--data", str(tmp_path / "fine"), "--out_dir", str(tmp_path / "run"), "--init_from", str(trained[0])]
+    assert run_inside("train_tokenizer.py", *WEE, *argv) == "no error"
+    assert run_inside("eval.py", "--data", str(tmp_path / "fine"), "--part", "val", "--out_dir", str(tmp_path / "run"), "--device", "cpu") == "no error"
+    logged = [row["val_psnr"] for row in vqrae.read_log(tmp_path / "run/log_stage1.jsonl") if "val_psnr" in row]
+    scores = json.loads((tmp_path / "run/eval.json").read_text())
+    assert scores["psnr"] == pytest.approx(logged[-1], abs=1e-3) and scores["psnr"] < 13                 # against 32 px it would be above 20
+
+
+def test_other_weights_that_learn_are_not_resumed(trained, tmp_path, monkeypatch):
+    """A fork that freezes a block and resumes without: moments must not reach other weights."""
+    def freeze(model, *rest): model.decoder.vit.blocks[0].requires_grad_(False); yield from groups(model, *rest)
+    groups, argv = tt.parameter_groups, [*WEE, "--out_dir", str(tmp_path), "--init_from", str(trained[0])]
+    assert run_inside("train_tokenizer.py", *argv) == "no error"
+    monkeypatch.setattr(tt, "parameter_groups", freeze)
+    assert "does not fit these flags" in run_inside("train_tokenizer.py", *argv, "--resume", "--total_steps", "9")
+
+
 def test_a_collapsed_codebook_is_called_out(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tt, "start_bottleneck", lambda model, *_: model.quantizer.codebook.mul_(0).add_(9).__setitem__(0, 0.0))
     run_inside("train_tokenizer.py", *WEE, "--out_dir", str(tmp_path), "--init_from", str(trained[0]), "--warmup_steps", "2")

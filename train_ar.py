@@ -150,7 +150,7 @@ def grow_vocabulary(lm, text_tokenizer, tokenizer, which, max_length):
     k, e, N = tokenizer.config.codebook_size, tokenizer.config.codebook_dim, tokenizer.config.num_tokens
     old, hidden, offset = lm.config.vocab_size, lm.config.hidden_size, max(lm.config.vocab_size, len(text_tokenizer))
     lm.resize_token_embeddings(offset + k, mean_resizing=False)
-    vectors = tokenizer.quantizer.lookup(torch.arange(k, device=tokenizer.quantizer.codebook.device)).cpu()  # (k, e)
+    vectors = tokenizer.quantizer.lookup(torch.arange(k, device=tokenizer.from_code.weight.device)).cpu()  # (k, e)
     vectors = F.layer_norm(vectors - vectors.mean(0), (e,)) @ torch.randn(e, hidden) / e ** 0.5  # (k, hidden), N(0, 1)
     vectors = torch.cat([torch.randn(offset - old, hidden), vectors])
     for table in {lm.get_input_embeddings().weight, lm.get_output_embeddings().weight}:  # one where they are tied
@@ -210,7 +210,7 @@ def open_codes(source, part, config, tokenizer, which, ranks):
     if source.endswith(".tar"): images = fingerprint(dataset.records.paths, len(dataset))
     else:  # a text that is no file stands in the records
         files = [place[0] for row in dataset.records for place in (row["image"], row["text"]) if isinstance(place, tuple)]
-        images = fingerprint(files, len(dataset), dataset.records)
+        images = fingerprint(files, len(dataset), [*dataset.records])
     path = Path(config.out_dir) / f"codes-{part}-{which}-{images}.npy"
     if path.is_file(): return np.load(path, mmap_mode="r")
     if other := next(path.parent.glob(f"codes-{part}-*.npy"), None):
@@ -371,8 +371,7 @@ def load_mllm(out_dir, tokenizer_folder, device="cpu", dtype=torch.float32):
     net.connector.load_state_dict(connector)
     return net.to(device, dtype).eval(), text_tokenizer, tokenizer
 
-# ---- Training. Each task has a network, batches by position, a loss, a validation and files; the loop below is the same. It
-# sets val_at, the positions to validate.
+# ---- Training. A task has a network, batches by position, a loss, a validation (of val_at, set below), files; one loop for all.
 class Generate:  # captions -> codes. The whole language model learns
     def __init__(self, config, ranks, folder, resumed):
         self.config, self.device, self.folder, self.encoder = config, ranks.device, folder, None

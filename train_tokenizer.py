@@ -327,7 +327,7 @@ def starting_point(config, model_config, ranks, source):
             command = next_command("train_tokenizer.py", config, CARRIED, out_dir=config.init_from or False)
             raise UserError(f"stage 2 starts from {path}, which is not there: run `{command}` first, or pass --init_from")
         stage1 = load_checkpoint(path, "step", "config", "model_config", "ema")
-        check_same(stage1["model_config"], asdict(model_config), f"{path} is of another model")
+        check_same(asdict(VQRAEConfig()) | stage1["model_config"], asdict(model_config), f"{path} is of another model")
         if stage1["config"]["encoder_lr"]: raise UserError(f"{path} moved its encoder, the teacher: train it with --encoder_lr 0")
         ranks.say(f"from step {stage1['step']} of {stage1['config']['total_steps']} in {path}")
         model.load_state_dict(stage1["ema"])
@@ -341,8 +341,9 @@ def start_bottleneck(model, config, dataset):
     patches = min(128 * k, max(32 * k, 1 << 19))  # half a million, but 32 to 128 a code
     positions = range(max(64, patches // model.config.num_tokens))
     for batch in batches(dataset, model.config.image_size, positions, min(64, config.batch_size), config.num_workers, device):
-        Z_I.append(model.encode(batch["image"]).flatten(0, 1))  # (B N, d)
-        pixels.append(F.unfold(batch["image"], p, stride=p).transpose(1, 2).unflatten(2, (3, -1)).flatten(0, 1))  # (B N, 3, p p)
+        X = resize(batch["image"], model.config.image_size)
+        Z_I.append(model.encode(X).flatten(0, 1))  # (B N, d)
+        pixels.append(F.unfold(X, p, stride=p).transpose(1, 2).unflatten(2, (3, -1)).flatten(0, 1))  # (B N, 3, p p)
     print(f"the bottleneck starts on {len(positions)} pictures, which takes a while for many codes", flush=True)
     model.start_on(torch.cat(Z_I), torch.cat(pixels))
 
@@ -360,7 +361,7 @@ def validate(model, dataset, config, device, path):
     psnrs, used, n = [], torch.zeros(model.config.codebook_size, dtype=torch.bool), config.val_images
     positions = range(VALIDATION, VALIDATION + n) if dataset is None else shuffle(len(dataset), 0)[:n].tolist()  # of all folders
     for batch in batches(dataset, model.config.image_size, positions, 32, device=device):
-        X_hat, _, indices, _ = model(batch["image"])
+        X_hat, _, indices, _ = model(resize(batch["image"], model.config.image_size))
         X = resize(batch["image"], model.config.output_size)
         if not psnrs: save_image(torch.cat([F.pad(X, (0, 0, 0, 2)), X_hat.clamp(0, 1)], 2)[:16], path)  # 8 a row
         psnrs.append(psnr(X_hat, X))
@@ -373,13 +374,14 @@ def train(config, model_config, ranks):
     resumed = open_run(path, config, ranks)  # its checkpoint, or None
     if resumed: check_same(resumed["model_config"], asdict(model_config), f"{path} is of another model")
     local, micro, accumulate = split_batch(config, ranks)
-    size, val_source = model_config.image_size, config.val_data or config.data
+    native, size, val_source = model_config.image_size, model_config.output_size, config.val_data or config.data
     hold_out = config.data != "shapes" and not config.val_data
     train_part, val_part = ("train", "val") if hold_out else ("all", "all")
     with ranks.first_alone():
-        data = None if config.data == "shapes" else Images(config.data, size, config.seed, part=train_part, folder=out,
-                                                           random_crop=config.random_crop, random_flip=config.random_flip)
-        val_data = None if val_source == "shapes" else Images(val_source, size, in_order=True, part=val_part, folder=out)
+        read = functools.partial(Images, size=max(native, size), folder=out)
+        data = None if config.data == "shapes" else read(config.data, seed=config.seed, part=train_part,
+                                                         random_crop=config.random_crop, random_flip=config.random_flip)
+        val_data = None if val_source == "shapes" else read(val_source, in_order=True, part=val_part)
         for images in filter(None, (data, val_data)): images[0]  # raises if none is readable, before old runs are deleted
         source = encoder_source(config, model_config, resumed)  # a missing file is told before weights are made
         kind = config.perceptual
@@ -409,7 +411,8 @@ def train(config, model_config, ranks):
     if resumed:
         first_step, old_lr = resumed["step"], resumed["config"]["encoder_lr"]
         if (old_lr == 0) != frozen: raise UserError(f"{path} had --encoder_lr {old_lr}: go on with that, or --overwrite it")
-        resumed["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]  # rates are this run's
+        old, new = resumed["optimizer"]["param_groups"], optimizer.state_dict()["param_groups"]  # rates are this run's
+        resumed["optimizer"]["param_groups"] = [b | dict(params=a["params"]) for a, b in zip(old, new)] + new[len(old):]
         with explained(f"{path} does not fit these flags"):  # another --disc_width
             for name, part in parts.items():
                 if part and resumed[name]: part.load_state_dict(resumed[name])
@@ -419,7 +422,7 @@ def train(config, model_config, ranks):
     counts = torch.zeros(model_config.codebook_size, device=device)  # each code's uses since the last log line
     steps = range(first_step, config.total_steps)
     positions = (step * config.batch_size + ranks.rank * local + i for step in steps for i in range(local))
-    stream = batches(data, size, positions, micro, config.num_workers, device)
+    stream = batches(data, native, positions, micro, config.num_workers, device)
     bar = tqdm(range(first_step, config.total_steps + 1), f"stage {config.stage}", config.total_steps, initial=first_step,
                unit="step", disable=not ranks.first)  # the last round only validates and saves
     loss_weights = dict(perceptual=config.perceptual_weight, distill=config.distill_weight, adversarial=config.disc_weight)
@@ -450,9 +453,10 @@ def train(config, model_config, ranks):
         logged = {}
         for i in range(accumulate):
             net.require_backward_grad_sync = i == accumulate - 1       # DDP averages gradients: once a step is enough
-            images = next(stream)["image"].to(dtype=dtype)             # (b, 3, h, w)
+            X = next(stream)["image"].to(dtype=dtype)                  # as read, in the larger of the two sizes
+            images, X = resize(X, native), resize(X, size)             # (b, 3, h, w) to see, (b, 3, H, W) to rebuild
             with amp: X_hat, Z_I, indices, vq_loss = net(images)       # (b, 3, H, W), (b, N, d), (b, N), ()
-            X_hat, X = full(X_hat), resize(images, model_config.output_size)  # (b, 3, H, W) each, not in bf16
+            X_hat = full(X_hat)                                        # not in bf16
             terms = dict(l2=F.mse_loss(X_hat, X), quant=vq_loss)       # eq. 2, 3
             if perceptual:
                 with loss_amp: terms["perceptual"] = perceptual(X, X_hat)
@@ -485,6 +489,7 @@ def train(config, model_config, ranks):
         optimizer.zero_grad(set_to_none=ranks.size == 1)  # DDP's buckets hold gradients: None would double them
         decay = min(config.ema_decay, (1 + step) / (10 + step))  # a short memory at first
         get_ema_multi_avg_fn(decay)(averaged, learned, None)
+        for kept, buffer in zip(ema.buffers(), model.buffers()): kept.copy_(buffer)  # none changes here: for those who fork
         logged = dict(zip(logged, means.tolist()))  # waits for the GPU, all work queued
         check_finite(logged, f"{step} (images {step * config.batch_size} to {(step + 1) * config.batch_size - 1})")
         stop = logged.pop("stop") > 0

@@ -58,7 +58,7 @@ class VQRAEConfig:
     image_size: int = 256             # h = w in pixels
     patch_size: int = 16              # p, a patch's side in pixels
     dim: int = 1152                   # d, width of Z_I
-    q: int = 0                        # pixels a side that a token decodes to; 0: q = p, which keeps the resolution
+    q: int = 0                        # pixels a side that a token decodes to; 0: q = p, which keeps the resolution; more: finer
     quantizer: str = "simvq"          # simvq, or none: continuous latents, the RAE baseline
     codebook_size: int = 16384        # k
     codebook_dim: int = 1536          # e; the paper's finding: at least d
@@ -259,7 +259,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin, paper_url="https://arxiv.org/abs/25
         linear.weight[:n], linear.bias[:n] = T.T, -mean @ T
         if self.quantizer:
             detail = (pixels.var(2).mean(1) + 5e-4) ** 0.85  # (M,) variance in a patch [ours]; flat ones come too, rarely
-            drawn = torch.multinomial(detail, 16 * len(self.quantizer.codebook), replacement=True)
+            drawn = torch.multinomial(detail, 16 * self.config.codebook_size, replacement=True)
             self.quantizer.init_codebook(self.to_code(Z_I[drawn]))
     @torch.no_grad()
     def tokenize(self, images):  # X (B, 3, h, w)
@@ -462,7 +462,7 @@ def parse_config(cls, presets={}, model_class=None, argv=None, **implied):
         choices = tuple(MODELS) if f.name == "config" else get_args(f.type)
         how = dict(type=type(choices[0]), choices=choices) if choices else kinds.get(f.type, dict(type=f.type))
         if f.name == "bench": how |= dict(nargs="?", const=5)  # --bench alone
-        parser.add_argument(f.name if f.type is tuple else f"--{f.name}", help=comments[f.name].replace("%", "%%"), **how)
+        parser.add_argument(f.name if f.type is tuple else f"--{f.name}", help=comments.get(f.name, "").replace("%", "%%"), **how)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value != []}
     layers = dict(default={f.name: f.default for f in fields(cls)} | implied)  # {source: {field: value}}; later ones win
     known = layers["default"] | given
