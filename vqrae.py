@@ -572,9 +572,11 @@ def bench(config, ranks, parts={}, steps=1, unit="images"):
 
 def check_run(config, **ranges):  # fills in out_dir, checks flags, shortens a --bench
     config.out_dir = config.out_dir or f"out/{config.config}"
-    check_range(vars(config), batch_size=1, total_steps=1, log_every=1, eval_every=1, save_every=1, val_images=1, num_workers=0,
-                micro_batch=0, bench=0, lr=1e-12, end_lr=0, warmup_steps=0, beta1=(0, 0.999999), beta2=(0, 0.999999),
-                weight_decay=0, clip=1e-12, seed=(-1 << 40, 1 << 40), **ranges)
+    check_range(vars(config), batch_size=1, total_steps=1, log_every=1, eval_every=1, save_every=1, val_images=1, lr=1e-12,
+                end_lr=0, micro_batch=0, num_workers=0, warmup_steps=0, bench=0, weight_decay=0, clip=1e-12, beta1=0, beta2=0,
+                **ranges)
+    if max(config.beta1, config.beta2) >= 1: raise UserError(f"--beta1 {config.beta1}, --beta2 {config.beta2}: below 1")
+    if abs(config.seed) >= 1 << 40: raise UserError(f"--seed {config.seed} is too large: below {1 << 40}")
     if config.profile and not config.bench: raise UserError("--profile goes with --bench N")
     if config.resume and config.overwrite: raise UserError("--resume goes on and --overwrite starts over: choose one")
     if config.bench: config.total_steps = config.eval_every = config.save_every = config.bench + 4  # no save, no validation
